@@ -1,0 +1,149 @@
+"""Calibration: one pass over the user's sampling, statistics kept and activations thrown away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from effuse.errors import CalibrationError
+from effuse.plan import Rate, Role
+from effuse.program import Part, Program
+from effuse.statistics import Calibration, Statistics
+
+PROBES = 4  # whole input sets kept for measuring layers, spread over the run
+
+Feed = Callable[[Any], None] | Iterable[Mapping[str, Any]] | None
+
+
+class Recorder:
+    """Watches a reference session: ranges of the floating values that `wanted` names, and probes."""
+
+    def __init__(self, program: Program, wanted: Callable[[Part, fx.Node], bool], groups: int):
+        self.statistics = Statistics(groups)
+        self.calls = 0
+        self.probes: list[dict[str, torch.Tensor]] = []
+        self._every = 1
+        self._names = {
+            (part.name, node.name)
+            for part in program.parts
+            for node in part.graph.nodes
+            if wanted(part, node)
+        }
+        self._times = program.timesteps
+
+    def begin(self, values: Mapping[str, torch.Tensor], index: int | None) -> None:
+        """A call of the network starts."""
+        self._group = self._group_of(index)
+        if self.calls % self._every == 0:
+            self.probes.append({name: value.clone() for name, value in values.items()})
+            if len(self.probes) >= 2 * PROBES:  # thin out, so that they stay evenly spread
+                self.probes = self.probes[::2]
+                self._every *= 2
+        self.calls += 1
+
+    def observe(self, part: Part, node: fx.Node, value: Any) -> None:
+        """One computed value."""
+        if (part.name, node.name) not in self._names or not torch.is_tensor(value):
+            return
+        if not value.isfinite().all():
+            raise CalibrationError(
+                f"calibration: {node.name} became NaN or infinite at call {self.calls}; check the "
+                "weights, the scheduler and the prompts that calibration runs with"
+            )
+        self.statistics.add((part.name, node.name), self._group, value)
+
+    def _group_of(self, index: int | None) -> int:
+        if index is None or not self._times:
+            return self.calls % self.statistics.groups
+        return index * self.statistics.groups // len(self._times)
+
+    def finish(self) -> Calibration:
+        """The calibration, if there was any."""
+        if not self.calls:
+            raise CalibrationError(
+                "calibration yielded nothing: the network was not called once; hand a run(model) "
+                "that samples with the model it is given, or a non-empty iterable of inputs"
+            )
+        step = max(1, len(self.probes) // PROBES)
+        return Calibration(self.statistics, tuple(self.probes[::step][:PROBES]), self.calls)
+
+
+def calibrate(
+    program: Program,
+    feed: Feed,
+    wanted: Callable[[Part, fx.Node], bool],
+    *,
+    groups: int = 10,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> Calibration:
+    """Run `feed` through the program in `reference`, and return what was seen.
+
+    `feed` is run(model), or an iterable of input mappings, or None: then trajectories are sampled
+    from noise over the schedule, with the example inputs as prompts.
+
+    Raises:
+        CalibrationError: nothing was run, or a value was not finite.
+    """
+    from effuse.backends.reference import session  # the oracle runs the calibration
+
+    recorder = Recorder(program, wanted, groups)
+    total = len(program.timesteps or ()) or 0
+
+    def begin(values: Mapping[str, torch.Tensor], index: int | None) -> None:
+        recorder.begin(values, index)
+        progress("calibrate", recorder.calls, max(total, recorder.calls))
+
+    model = session(program, observe=recorder.observe, begin=begin)
+    if callable(feed):
+        feed(model)
+    else:
+        for inputs in trajectory(program, seed) if feed is None else feed:
+            model(**inputs)
+    return recorder.finish()
+
+
+def trajectory(program: Program, seed: int) -> Iterable[Mapping[str, Any]]:
+    """Inputs along the schedule: pure noise shrinking linearly towards the example latent.
+
+    It stands in where no sampler is at hand; a real run(model) gives better ranges.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    times = program.timesteps or (None,) * 10
+    for index, time in enumerate(times):
+        share = 1 - index / len(times)
+        flat = {}
+        for item in program.inputs:
+            value = program.examples[item.name]
+            if item.role is Role.LATENT and value.is_floating_point():
+                noise = torch.randn(value.shape, generator=generator, dtype=torch.float32)
+                value = (share * noise + (1 - share) * value.float()).to(value.dtype)
+            elif item.role is Role.TIMESTEP and time is not None:
+                value = torch.full_like(value, time)
+            flat[item.path] = value
+        yield nested(flat)
+
+
+def nested(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """Values by path -> arguments of a call, with mappings for the nested ones."""
+    result: dict[str, Any] = {}
+    for path, value in flat.items():
+        place = result
+        for key in path[:-1]:
+            place = place.setdefault(key, {})
+        place[path[-1]] = value
+    return result
+
+
+def step_values(part: Part, node: fx.Node) -> bool:
+    """Every floating value of the step program."""
+    value = node.meta.get("val")
+    return (
+        part.rate is Rate.STEP
+        and isinstance(value, torch.Tensor)
+        and value.is_floating_point()
+        and node.op in ("call_function", "placeholder")
+    )

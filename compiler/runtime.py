@@ -1,0 +1,345 @@
+"""The Session: runs a compiled program as the network it replaces. Imports no torch.
+
+A part is a pure function of named values, so the rule of execution is one sentence: a part runs
+again only when one of its inputs has changed. Values of the schedule come from tables inside the
+graphs (by step index) or from the schedule part; values of the prompt are kept while the prompt is
+the same; the step program runs every time.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from effuse.errors import InputError, nearest
+from effuse.plan import STEP_INPUT, Input, PartSpec, PlanStep, ProgramSpec, Rate, Role
+
+Run = Callable[[Mapping[str, Any]], Sequence[Any]]
+
+KEPT_RESULTS = 4  # per part: guidance as two calls alternates between two prompts
+
+
+class Arrays(Protocol):
+    """How a back end's arrays are read and made."""
+
+    def take(self, value: Any, item: Input) -> Any:
+        """`value` as the back end's array in the input's dtype, or an InputError."""
+
+    def give(self, value: Any, like: Any) -> Any:
+        """An output in the kind of array that the caller handed in as `like`."""
+
+    def same(self, one: Any, other: Any) -> bool:
+        """Whether two arrays hold the same values."""
+
+    def keep(self, value: Any) -> Any:
+        """A copy that the caller cannot change."""
+
+    def index(self, step: int) -> Any:
+        """The step index as the graphs take it: int64, shape (1,)."""
+
+
+class NumpyArrays:
+    """numpy in the graphs; numpy or torch tensors from the caller, given back in kind."""
+
+    def take(self, value: Any, item: Input) -> Any:
+        """`value` as a contiguous numpy array of the input's dtype."""
+        detached = value.detach().cpu() if hasattr(value, "detach") else value
+        array = np.asarray(detached)
+        wanted = np.dtype(item.dtype)
+        if array.dtype != wanted:
+            array = _cast(array, wanted, item)
+        return np.ascontiguousarray(array).reshape(array.shape)
+
+    def give(self, value: Any, like: Any) -> Any:
+        """A torch tensor where the caller handed one in, else the numpy array."""
+        if not hasattr(like, "detach"):
+            return value
+        import torch  # the caller has it: a tensor came in
+
+        return torch.from_numpy(value).to(like.device)
+
+    def same(self, one: Any, other: Any) -> bool:
+        """Equal in shape and in every element."""
+        return one.shape == other.shape and bool(np.array_equal(one, other))
+
+    def keep(self, value: Any) -> Any:
+        """A copy."""
+        return value.copy()
+
+    def index(self, step: int) -> Any:
+        """The step index as an array."""
+        return np.array([step], dtype=np.int64)
+
+
+def _cast(array: Any, wanted: Any, item: Input) -> Any:
+    """Casts that keep every value: Python scalars, and timesteps of another number type."""
+    with np.errstate(all="ignore"):
+        cast = array.astype(wanted)
+    lossless = bool(np.array_equal(cast.astype(np.float64), array.astype(np.float64)))
+    if array.dtype.kind not in "biuf" or not (lossless and item.role is Role.TIMESTEP):
+        raise InputError(
+            f"{item.label}: expected {item.dtype}, got {array.dtype}; convert it before the call, "
+            f"or compile the network with example inputs of that type"
+        )
+    return cast
+
+
+class Output(Mapping[str, Any]):
+    """The outputs by name, by attribute and by position, as diffusers' ModelOutput gives them."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = dict(values)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._values[key] if isinstance(key, str) else tuple(self._values.values())[key]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in self._values:
+            raise AttributeError(name)
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+@dataclass
+class _Memory:
+    """The last few results of one part, each with copies of the inputs that gave it."""
+
+    entries: OrderedDict[int, tuple[dict[str, Any], Sequence[Any]]] = field(
+        default_factory=OrderedDict
+    )
+    runs: int = 0
+
+
+class Session:
+    """A compiled program, called like the network it replaces.
+
+    Args:
+        spec: what the program takes, gives and runs, and when.
+        runs: for each part, the function that runs it.
+        arrays: the back end's kind of array.
+    """
+
+    def __init__(
+        self, spec: ProgramSpec, runs: Mapping[str, Run], arrays: Arrays | None = None
+    ) -> None:
+        self.spec = spec
+        self._runs = runs
+        self._arrays = arrays or NumpyArrays()
+        self._memory = {part.name: _Memory() for part in spec.parts if part.rate < Rate.STEP}
+
+    @property
+    def runs(self) -> dict[str, int]:
+        """How often each part below the step's rate has really run so far."""
+        return {name: memory.runs for name, memory in self._memory.items()}
+
+    def __call__(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        """Run one step; takes and returns what the network's forward does.
+
+        Raises:
+            InputError: an input is missing, unknown, of the wrong shape or dtype, or a timestep
+                that the schedule does not have.
+        """
+        given = bind(self.spec, args, kwargs)
+        values = {item.name: self._take(item, given[item.name]) for item in self.spec.inputs}
+        check_shapes(self.spec, values)
+        found = self.step(values)
+        like = next(given[item.name] for item in self.spec.inputs if item.role is Role.LATENT)
+        results = [self._arrays.give(found[name], like) for name in self.spec.outputs]
+        return self._result(results, return_dict)
+
+    def step(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Run one step on the back end's own arrays, by the inputs' names; the outputs by name."""
+        index = self.step_index(values)
+        env = dict(values)
+        env[STEP_INPUT] = self._arrays.index(index or 0)
+        entry = self.spec.plan.at(index)
+        for part in self.spec.parts:
+            if part.rate < Rate.STEP:
+                env.update(zip(part.outputs, self._recall(part, env), strict=True))
+        self._run_variant(entry, env)
+        return {name: env[name] for name in self.spec.outputs}
+
+    def step_index(self, values: Mapping[str, Any]) -> int | None:
+        """Which step of the schedule a timestep is; None when there is no schedule.
+
+        Raises:
+            InputError: the schedule has no such timestep, or the batch holds several.
+        """
+        times = [values[item.name] for item in self.spec.inputs if item.role is Role.TIMESTEP]
+        if self.spec.timesteps is None or not times:
+            return None
+        found = {float(time) for time in times[0].reshape(-1)}
+        if len(found) != 1:
+            raise InputError(
+                "timestep: this program was compiled for a schedule, one timestep for the whole "
+                f"batch, got {len(found)} different ones; compile with schedule=None for that"
+            )
+        time = found.pop()
+        if time in self.spec.timesteps:
+            return self.spec.timesteps.index(time)
+        close = min(self.spec.timesteps, key=lambda known: abs(known - time))
+        raise InputError(
+            f"timestep: {time:g} is not one of the {len(self.spec.timesteps)} timesteps that this "
+            f"program was compiled for (nearest: {close:g}); set the scheduler to the same steps, "
+            "or compile with schedule=None"
+        )
+
+    def _take(self, item: Input, value: Any) -> Any:
+        taken = self._arrays.take(value, item)
+        if item.role is not Role.TIMESTEP or len(taken.shape) == len(item.shape):
+            return taken
+        return _broadcast_timestep(taken, item, self._arrays)
+
+    def _recall(self, part: PartSpec, env: Mapping[str, Any]) -> Sequence[Any]:
+        """The part's outputs, from memory where its inputs are the same as in an earlier run."""
+        memory = self._memory[part.name]
+        needed = {name: env[name] for name in part.inputs}
+        for key, (known, result) in memory.entries.items():
+            if all(self._arrays.same(known[name], needed[name]) for name in needed):
+                memory.entries.move_to_end(key)
+                return result
+        result = self._runs[part.name](needed)
+        memory.entries[memory.runs] = (
+            {name: self._arrays.keep(value) for name, value in needed.items()},
+            result,
+        )
+        memory.runs += 1
+        while len(memory.entries) > KEPT_RESULTS:
+            memory.entries.popitem(last=False)
+        return result
+
+    def _run_variant(self, entry: PlanStep, env: dict[str, Any]) -> None:
+        part = self.spec.part(entry.variant)
+        found = self._runs[part.name]({name: env[name] for name in part.inputs})
+        env.update(zip(part.outputs, found, strict=True))
+
+    def _result(self, flat: list[Any], return_dict: bool) -> Any:
+        if "return_dict" not in self.spec.parameters:
+            return _unflatten(self.spec.result, flat)
+        if return_dict:
+            return Output(dict(zip(self.spec.outputs, flat, strict=True)))
+        return tuple(flat)
+
+
+def _unflatten(shape: Any, flat: Sequence[Any]) -> Any:
+    if isinstance(shape, int):
+        return flat[shape]
+    if "dict" in shape:
+        return {key: _unflatten(item, flat) for key, item in shape["dict"].items()}
+    return tuple(_unflatten(item, flat) for item in shape["tuple"])
+
+
+def _broadcast_timestep(value: Any, item: Input, arrays: Arrays) -> Any:
+    """A scalar for a network that takes a vector, and one value of a constant vector for a scalar."""
+    flat = value.reshape(-1)
+    if len({float(time) for time in flat}) != 1:
+        raise InputError(
+            f"{item.label}: expected one timestep, got {len(flat)} that differ; compile with an "
+            "example timestep of shape (batch,)"
+        )
+    return flat[:1].reshape(()) if not item.shape else flat[:1]
+
+
+def bind(spec: ProgramSpec, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs' values by name, from the arguments of a call.
+
+    Raises:
+        InputError: an argument is unknown, missing, or was not captured.
+    """
+    if len(args) > len(spec.parameters):
+        raise InputError(f"expected at most {len(spec.parameters)} arguments, got {len(args)}")
+    given = dict(zip(spec.parameters, args, strict=False))
+    for name, value in kwargs.items():
+        if name in given:
+            raise InputError(f"{name}: given twice, by position and by name")
+        if name not in spec.parameters and name not in spec.constants:
+            raise InputError(f"no input is called {name!r}{nearest(name, spec.parameters)}")
+        given[name] = value
+    found = {}
+    for item in spec.inputs:
+        value = given
+        for key in item.path:
+            value = _child(value, key, item)
+        found[item.name] = value
+    _check_constants(spec, given)
+    return found
+
+
+def _child(value: Any, key: str, item: Input) -> Any:
+    try:
+        child = value[int(key)] if isinstance(value, (list, tuple)) else value[key]
+    except (KeyError, IndexError, TypeError):
+        child = None
+    if child is None:
+        raise InputError(
+            f"{item.label}: missing; this program needs it, of shape {describe_shape(item.shape)} "
+            f"and dtype {item.dtype}"
+        )
+    return child
+
+
+def _check_constants(spec: ProgramSpec, given: Mapping[str, Any]) -> None:
+    captured = {item.path[0] for item in spec.inputs}
+    for name, value in given.items():
+        if name in captured or name == "return_dict" or value is None:
+            continue
+        if name in spec.constants and spec.constants[name] == value:
+            continue
+        was = f"captured as {spec.constants[name]!r}" if name in spec.constants else "not captured"
+        raise InputError(
+            f"{name}: {was}, got {type(value).__name__}; compile again with inputs={{…, {name!r}: …}}"
+        )
+
+
+def describe_shape(shape: Sequence[Any]) -> str:
+    """`(batch, 3, 32, 32)`."""
+    return f"({', '.join(str(size) for size in shape)}{',' if len(shape) == 1 else ''})"
+
+
+def check_shapes(spec: ProgramSpec, values: Mapping[str, Any]) -> None:
+    """Refuse shapes that the program was not compiled for.
+
+    Raises:
+        InputError: a size differs, is out of its bounds, or differs between two inputs.
+    """
+    sizes: dict[str, tuple[int, str]] = {}
+    for item in spec.inputs:
+        shape = tuple(values[item.name].shape)
+        expected = describe_shape(item.shape)
+        if item.role is Role.TIMESTEP and len(shape) == 1 and len(item.shape) == 1:
+            continue
+        if len(shape) != len(item.shape) or any(
+            isinstance(want, int) and want != got
+            for want, got in zip(item.shape, shape, strict=True)
+        ):
+            raise InputError(
+                f"{item.label}: expected shape {expected}, got {shape}; compile with example "
+                "inputs of that shape, or leave the size open with dynamic={…}"
+            )
+        for want, got in zip(item.shape, shape, strict=True):
+            if isinstance(want, str):
+                _check_size(want, got, item, sizes, spec.bounds)
+
+
+def _check_size(
+    name: str,
+    got: int,
+    item: Input,
+    sizes: dict[str, tuple[int, str]],
+    bounds: Mapping[str, tuple[int, int]],
+) -> None:
+    low, high = bounds.get(name, (1, got))
+    if not low <= got <= high:
+        raise InputError(f"{item.label}: {name} must be {low} to {high}, got {got}")
+    known, where = sizes.setdefault(name, (got, item.label))
+    if known != got:
+        raise InputError(f"{item.label}: {name} is {got} here, but {known} in {where}")

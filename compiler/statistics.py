@@ -1,0 +1,67 @@
+"""Mergeable statistics of activations, by group of timesteps; bounded by the graph, not the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+Key = tuple[str, str]  # part, node
+
+
+@dataclass
+class Ranges:
+    """Least and greatest value of one tensor in each group of timesteps (float64, shape (groups,))."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+
+    @classmethod
+    def empty(cls, groups: int) -> Ranges:
+        """The neutral element of `merge`."""
+        inf = torch.full((groups,), float("inf"), dtype=torch.float64)
+        return cls(inf, -inf)
+
+    def add(self, group: int, tensor: torch.Tensor) -> None:
+        """Take in one tensor of that group."""
+        low, high = tensor.aminmax()
+        self.low[group] = min(self.low[group].item(), low.item())
+        self.high[group] = max(self.high[group].item(), high.item())
+
+    def merge(self, other: Ranges) -> Ranges:
+        """The ranges of both."""
+        return Ranges(torch.minimum(self.low, other.low), torch.maximum(self.high, other.high))
+
+    @property
+    def overall(self) -> tuple[float, float]:
+        """Least and greatest value over all groups."""
+        return self.low.min().item(), self.high.max().item()
+
+
+@dataclass
+class Statistics:
+    """Ranges by (part, node), over `groups` equal stretches of the schedule."""
+
+    groups: int = 10
+    ranges: dict[Key, Ranges] = field(default_factory=dict)
+
+    def add(self, key: Key, group: int, tensor: torch.Tensor) -> None:
+        """Take in one tensor."""
+        self.ranges.setdefault(key, Ranges.empty(self.groups)).add(group, tensor)
+
+    def merge(self, other: Statistics) -> Statistics:
+        """The statistics of both runs together; associative and commutative."""
+        merged = dict(self.ranges)
+        for key, ranges in other.ranges.items():
+            merged[key] = merged[key].merge(ranges) if key in merged else ranges
+        return Statistics(self.groups, merged)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a run over calibration data leaves: statistics, and a few whole input sets as probes."""
+
+    statistics: Statistics
+    probes: tuple[Mapping[str, torch.Tensor], ...]
+    calls: int

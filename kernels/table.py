@@ -1,0 +1,111 @@
+"""The op table: every effuse op, its reference, its samples, and what runs it natively where.
+
+Op tests, the documentation of back ends, cost and fallback all read this one table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from effuse.kernels import dynamic, quantize
+
+Sample = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Op:
+    """One row: the op, its reference in plain PyTorch, sample arguments, and who runs it how."""
+
+    name: str
+    target: Any
+    reference: Callable[..., torch.Tensor]
+    samples: Callable[[torch.Generator], list[Sample]]
+    implementations: Mapping[str, Literal["native", "simulated"]] = field(default_factory=dict)
+    remark: str = ""
+
+
+def _uniform(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=generator)
+
+
+def _int8(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+
+
+def _quantize_samples(g: torch.Generator) -> list[Sample]:
+    scalar = (torch.tensor(0.02), torch.tensor(117, dtype=torch.uint8))
+    vector = (torch.rand(5, generator=g) + 0.01, torch.zeros(5, dtype=torch.int8))
+    return [
+        (_uniform(g, 2, 5, 3), *scalar, 0),
+        (_uniform(g, 5, 4), *vector, 0),
+        (_uniform(g, 2, 5, 3, 3), *vector, 1),
+        (_uniform(g, 0, 5), *scalar, 0),
+    ]
+
+
+def _dequantize_samples(g: torch.Generator) -> list[Sample]:
+    return [
+        (quantize.quantize_reference(x, scale, zero, axis), scale, zero, axis)
+        for x, scale, zero, axis in _quantize_samples(g)
+    ]
+
+
+def _linear_samples(g: torch.Generator) -> list[Sample]:
+    scale = torch.rand(6, generator=g) * 0.01 + 0.001
+    return [
+        (_uniform(g, 3, 7), _int8(g, 6, 7), scale, _uniform(g, 6)),
+        (_uniform(g, 2, 5, 7), _int8(g, 6, 7), scale, None),
+        (_uniform(g, 1, 7).abs(), _int8(g, 6, 7), scale, None),
+    ]
+
+
+def _conv_samples(g: torch.Generator) -> list[Sample]:
+    scale = torch.rand(4, generator=g) * 0.01 + 0.001
+    bias = _uniform(g, 4)
+    return [
+        (_uniform(g, 2, 3, 6, 5), _int8(g, 4, 3, 3, 3), scale, bias, [1, 1], [1, 1], [1, 1], 1),
+        (_uniform(g, 1, 4, 7, 7), _int8(g, 4, 2, 3, 3), scale, None, [2, 2], [0, 0], [1, 1], 2),
+        (_uniform(g, 1, 3, 4, 4), _int8(g, 4, 3, 1, 1), scale, bias, [1, 1], [0, 0], [1, 1], 1),
+    ]
+
+
+TABLE = (
+    Op(
+        "quantize",
+        torch.ops.effuse.quantize.default,
+        quantize.quantize_reference,
+        _quantize_samples,
+        {"reference": "simulated", "onnx": "native"},
+        "QuantizeLinear; with its DequantizeLinear fused into QLinearConv and MatMulIntegerToFloat",
+    ),
+    Op(
+        "dequantize",
+        torch.ops.effuse.dequantize.default,
+        quantize.dequantize_reference,
+        _dequantize_samples,
+        {"reference": "simulated", "onnx": "native"},
+        "DequantizeLinear",
+    ),
+    Op(
+        "linear_dynamic",
+        torch.ops.effuse.linear_dynamic.default,
+        dynamic.linear_reference,
+        _linear_samples,
+        {"reference": "simulated", "onnx": "native"},
+        "DynamicQuantizeLinear and MatMulInteger, which ONNX Runtime fuses",
+    ),
+    Op(
+        "conv2d_dynamic",
+        torch.ops.effuse.conv2d_dynamic.default,
+        dynamic.conv2d_reference,
+        _conv_samples,
+        {"reference": "simulated", "onnx": "native"},
+        "DynamicQuantizeLinear and ConvInteger",
+    ),
+)
+
+BY_TARGET = {op.target: op for op in TABLE}

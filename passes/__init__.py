@@ -1,0 +1,26 @@
+"""Passes: one file each; here is the legal order, with its reasons."""
+
+if __name__ != "effuse.passes":
+    raise ImportError(f"{__name__!r} is a folder of effuse's checkout; import effuse.passes")
+
+from effuse.passes.base import Pass
+from effuse.passes.canonicalize import Canonicalize
+from effuse.passes.hoist import Hoist
+from effuse.passes.quantize import Quantize
+
+ORDER: tuple[type[Pass], ...] = (
+    Canonicalize,  # first: later rules see one way to write a thing
+    Hoist,  # before anything lossy: tables and prompt values stay exact
+    Quantize,  # last: it measures the network as it will really run
+)
+
+BY_NAME = {each.name: each for each in ORDER}
+
+PRESETS: dict[str, tuple[Pass, ...]] = {
+    "none": (),
+    "exact": (Hoist(),),
+    "w8a8": (Hoist(), Quantize("w8a8")),
+    "w8a8-dynamic": (Hoist(), Quantize("w8a8", activations="dynamic")),
+}
+
+__all__ = ["BY_NAME", "ORDER", "PRESETS", "Canonicalize", "Hoist", "Pass", "Quantize"]

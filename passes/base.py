@@ -1,0 +1,53 @@
+"""What a pass is: a frozen dataclass whose fields are its options, with one method."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from effuse.log import Log
+from effuse.program import Program
+from effuse.statistics import Calibration
+
+
+@dataclass
+class Work:
+    """What a pass is handed beside the program: its log, and the calibration if it asked for one."""
+
+    log: Log = field(default_factory=Log)
+    calibration: Calibration | None = None
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A rewrite of a Program. `include` and `exclude` are patterns over module paths."""
+
+    name: ClassVar[str]
+    exact: ClassVar[bool] = True
+    calibrates: ClassVar[bool] = False
+
+    include: tuple[str, ...] = field(default=(), kw_only=True)
+    exclude: tuple[str, ...] = field(default=(), kw_only=True)
+
+    def requires(self, program: Program) -> str | None:
+        """Why the pass cannot run on this program, or None."""
+        return None
+
+    def run(self, program: Program, work: Work) -> Program:
+        """The rewritten program."""
+        raise AssertionError(f"{type(self).__name__} defines no run")
+
+    def ensures(self, program: Program) -> str | None:
+        """What the result fails to hold, or None."""
+        return None
+
+    def unwanted(self, path: str) -> str | None:
+        """Why the person does not want the pass at this module path, or None."""
+        if self.include and not any(fnmatch.fnmatch(path, pattern) for pattern in self.include):
+            return "not among include"
+        if any(fnmatch.fnmatch(path, pattern) for pattern in self.exclude):
+            return "among exclude"
+        return None

@@ -1,0 +1,202 @@
+"""Canonicalize: what says nothing goes, so that every later pass sees one way to write a thing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from effuse.graph import (
+    calls,
+    clone,
+    eliminate,
+    emit,
+    emit_weight,
+    inputs,
+    substitute,
+    value_of,
+)
+from effuse.log import Log
+from effuse.passes.base import Pass, Work
+from effuse.program import Part, Program, prune_weights
+
+aten = torch.ops.aten
+
+FOLD_LIMIT = 1 << 16  # elements: a folded constant may be this large, or as large as its inputs
+
+IDENTITIES = (aten.dropout.default, aten.alias.default, aten.detach.default, aten.clone.default,
+              aten.lift_fresh_copy.default, aten.contiguous.default)  # fmt: skip
+CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default,
+         aten.type_as.default)  # fmt: skip
+RESHAPES = (aten.reshape.default, aten.expand.default, aten.slice.Tensor)
+RANDOM = ("rand", "randn", "randint", "bernoulli", "normal", "multinomial", "randperm")
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """Dropout, asserts, no-op casts and views out; constants folded; duplicates and dead code out.
+
+    Exact. `view` becomes `reshape`, which makes `contiguous` a no-op on values.
+    """
+
+    name: ClassVar[str] = "canonicalize"
+
+    def run(self, program: Program, work: Work) -> Program:
+        """Canonicalize every part."""
+        weights = dict(program.weights)
+        parts = [canonical(part, weights, work.log) for part in program.parts]
+        return prune_weights(replace(program, parts=tuple(parts), weights=weights))
+
+    def ensures(self, program: Program) -> str | None:
+        """No dropout and no assertion is left."""
+        for part in program.parts:
+            for node in calls(part.graph):
+                if node.target is aten.dropout.default or "_assert" in str(node.target):
+                    return f"{node} is still there in {part.name}"
+        return None
+
+
+def canonical(part: Part, weights: dict[str, torch.Tensor], log: Log) -> Part:
+    """A canonical copy of a part."""
+    graph, _ = clone(part.graph)
+    views(graph, log)
+    for node in calls(graph):
+        for name, replacement in SIMPLIFICATIONS:
+            new = replacement(node)
+            if new is not None and log.spend(name):
+                substitute(node, new)
+                break
+    sizes_from_inputs(graph, log)
+    merge_duplicates(graph, log)
+    fold_constants(graph, weights, log)
+    dead = eliminate(graph)
+    if dead:
+        log.rewrites["dead"] += dead
+    return replace(part, graph=graph)
+
+
+def views(graph: fx.Graph, log: Log) -> None:
+    """view(x, s) -> reshape(x, s), which does not ask for strides."""
+    for node in calls(graph, aten.view.default, aten._unsafe_view.default):
+        if log.spend("view"):
+            node.target = aten.reshape.default
+
+
+def identity(node: fx.Node) -> Any:
+    """f(x) -> x where f keeps every value."""
+    return node.args[0] if node.target in IDENTITIES else None
+
+
+def cast(node: fx.Node) -> Any:
+    """to(x, dtype of x) -> x."""
+    source = node.args[0] if node.target in CASTS else None
+    if not isinstance(source, fx.Node):
+        return None
+    before, after = value_of(source), value_of(node)
+    return source if (before.dtype, before.device) == (after.dtype, after.device) else None
+
+
+def reshaped(node: fx.Node) -> Any:
+    """reshape, expand or slice of x to x's own shape -> x."""
+    if node.target not in RESHAPES:
+        return None
+    source: Any = node.args[0]
+    return source if _same_shape(value_of(source), value_of(node)) else None
+
+
+def _same_shape(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return [str(size) for size in one.shape] == [str(size) for size in other.shape]
+
+
+def unit(node: fx.Node) -> Any:
+    """x / 1 -> x and x · 1 -> x."""
+    if node.target not in (aten.div.Tensor, aten.mul.Tensor) or len(node.args) < 2:
+        return None
+    source, factor = node.args[:2]
+    if isinstance(factor, fx.Node) or factor != 1 or not isinstance(source, fx.Node):
+        return None
+    return source if value_of(source).dtype == value_of(node).dtype else None
+
+
+SIMPLIFICATIONS: tuple[tuple[str, Callable[[fx.Node], Any]], ...] = (
+    ("identity", identity),
+    ("cast", cast),
+    ("reshaped", reshaped),
+    ("unit", unit),
+)
+
+
+def sizes_from_inputs(graph: fx.Graph, log: Log) -> None:
+    """A size read from any tensor -> the same size read from an input, which every part has."""
+    places = {
+        str(size): (node, axis)
+        for node in reversed(inputs(graph))
+        for axis, size in enumerate(getattr(value_of(node), "shape", ()))
+        if not isinstance(size, int)
+    }
+    for node in calls(graph, aten.sym_size.int):
+        known = places.get(str(value_of(node)))
+        if known and node.args[:2] != known and log.spend("size"):
+            with graph.inserting_before(node):
+                substitute(node, emit(graph, aten.sym_size.int, *known, like=node))
+
+
+def _pure(node: fx.Node) -> bool:
+    name = str(node.target)
+    if any(word in name for word in RANDOM):
+        return False
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or not schema.is_mutable
+
+
+def merge_duplicates(graph: fx.Graph, log: Log) -> None:
+    """Two calls of one function on the same arguments -> one."""
+    seen: dict[Any, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            key: Any = ("weight", node.target)
+        elif node.op == "call_function" and _pure(node):
+            key = (node.target, repr(node.args), repr(sorted(node.kwargs.items())))
+        else:
+            continue
+        first = seen.setdefault(key, node)
+        if first is not node and (node.op == "get_attr" or log.spend("duplicate")):
+            substitute(node, first)
+
+
+def fold_constants(graph: fx.Graph, weights: dict[str, torch.Tensor], log: Log) -> None:
+    """Calls on weights and numbers alone -> a stored tensor, where that does not cost much space."""
+    for node in calls(graph):
+        sources = node.all_input_nodes
+        value = value_of(node)
+        constant = (
+            all(source.op == "get_attr" for source in sources)
+            and isinstance(value, torch.Tensor)
+            and _pure(node)
+            and _small(value, sources)
+        )
+        if constant and log.spend("constant"):
+            _fold(graph, node, weights)
+
+
+def _small(value: torch.Tensor, sources: list[fx.Node]) -> bool:
+    if not all(isinstance(size, int) for size in value.shape):
+        return False
+    given = sum(value_of(source).numel() for source in sources)
+    return value.numel() <= max(FOLD_LIMIT, given)
+
+
+def _fold(graph: fx.Graph, node: fx.Node, weights: dict[str, torch.Tensor]) -> None:
+    def real(source: fx.Node) -> torch.Tensor:
+        return weights[str(source.target)]
+
+    with torch.no_grad():
+        args, kwargs = fx.map_arg(node.args, real), fx.map_arg(node.kwargs, real)
+        value = node.target(*args, **kwargs)  # type: ignore[operator]
+    name = f"folded.{node.name}"
+    with graph.inserting_before(node):
+        folded = emit_weight(graph, weights, name, value.contiguous())
+    substitute(node, folded)
