@@ -364,5 +364,5 @@ def nest(value: Any) -> Any:
 
 
 def output_names(count: int) -> tuple[str, ...]:
-    """`sample` for the first output, as the field calls it, and `output_i` for the rest."""
-    return tuple("sample" if index == 0 else f"output_{index}" for index in range(count))
+    """`output_0`, `output_1`, …: what graphs call the network's outputs."""
+    return tuple(f"output_{index}" for index in range(count))

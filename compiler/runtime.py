@@ -226,8 +226,13 @@ class Session:
         if "return_dict" not in self.spec.parameters:
             return _unflatten(self.spec.result, flat)
         if return_dict:
-            return Output(dict(zip(self.spec.outputs, flat, strict=True)))
+            return Output({field_name(index): value for index, value in enumerate(flat)})
         return tuple(flat)
+
+
+def field_name(index: int) -> str:
+    """`sample` for the first output, as the field calls it, and `output_i` for the rest."""
+    return "sample" if index == 0 else f"output_{index}"
 
 
 def _unflatten(shape: Any, flat: Sequence[Any]) -> Any:

@@ -279,7 +279,7 @@ class Writer:
     def _bias(self, site: fx.Node, scale: torch.Tensor) -> fx.Node | None:
         """The bias in int32 at the scale of the products, as the integer kernels add it."""
         node = site.args[2] if len(site.args) > 2 else None
-        if not isinstance(node, fx.Node) or site.target is aten.linear.default:
+        if not isinstance(node, fx.Node):
             return node if isinstance(node, fx.Node) else None
         name = f"{node.target}.{self.part}.{site.name}"
         steps = torch.round(self.weights[str(node.target)].double() / scale.double())

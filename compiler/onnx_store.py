@@ -1,0 +1,93 @@
+"""One safetensors file for the weights of many ONNX models, referenced as external data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from effuse.errors import require
+
+INLINE_BYTES = 1024  # smaller tensors stay inside the model
+ALIGNMENT = 64  # bytes; offsets in the file are multiples of it
+
+DTYPES = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float64": "F64",
+    "int8": "I8",
+    "uint8": "U8",
+    "int16": "I16",
+    "int32": "I32",
+    "int64": "I64",
+    "bool": "BOOL",
+}
+
+
+class Store:
+    """Collects the large initializers of models, each content once, by its SHA-256."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, tuple[str, Any]] = {}  # digest -> name, ir tensor
+        self._uses: list[tuple[Any, str]] = []  # initializer value, digest
+        self._offsets: dict[str, tuple[int, int]] = {}
+        self._file = ""
+
+    def take(self, model: Any) -> None:
+        """Note the large initializers of an onnx_ir model."""
+        for name, value in sorted(model.graph.initializers.items()):
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes < INLINE_BYTES:
+                continue
+            data = tensor.tobytes()
+            digest = hashlib.sha256(
+                f"{tensor.dtype.name}{tuple(tensor.shape)}".encode() + data
+            ).hexdigest()
+            taken = {known for known, _ in self._tensors.values()}
+            unique = name if name not in taken else f"{name}.{digest[:8]}"
+            self._tensors.setdefault(digest, (unique, tensor))
+            self._uses.append((value, digest))
+
+    def write(self, path: Path) -> None:
+        """Write the file, one tensor at a time."""
+        header: dict[str, Any] = {}
+        position = 0
+        order = sorted(self._tensors.items(), key=lambda item: item[1][0])
+        for digest, (name, tensor) in order:
+            size = tensor.nbytes
+            header[name] = {
+                "dtype": DTYPES[str(np.dtype(tensor.dtype.numpy()))],
+                "shape": [int(axis) for axis in tensor.shape],
+                "data_offsets": [position, position + size],
+            }
+            self._offsets[digest] = (position, size)
+            position += size
+        text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
+        text += b" " * (-(len(text) + 8) % ALIGNMENT)
+        start = 8 + len(text)
+        with path.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for _, (_, tensor) in order:
+                file.write(tensor.tobytes())
+        self._offsets = {key: (start + at, size) for key, (at, size) in self._offsets.items()}
+        self._file = path.name
+
+    def save(self, model: Any, path: Path) -> None:
+        """Write a model whose large initializers point into the file."""
+        ir = require("onnx_ir")
+        for value, digest in self._uses:
+            if value.graph is not model.graph:
+                continue
+            offset, size = self._offsets[digest]
+            inner = value.const_value
+            value.const_value = ir.ExternalTensor(
+                self._file, offset, size, inner.dtype, shape=inner.shape, name=inner.name,
+                base_dir=path.parent,
+            )  # fmt: skip
+        proto = ir.to_proto(model)
+        path.write_bytes(proto.SerializeToString(deterministic=True))
