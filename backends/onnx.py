@@ -19,8 +19,11 @@ from torch import fx, nn
 from effuse.backends.onnx_ops import TRANSLATIONS, prepare
 from effuse.errors import BackendError, require
 from effuse.graph import clone, evaluate, inputs, value_of
-from effuse.onnx_store import Store
+from effuse.onnx_store import INLINE_BYTES, Store
+from effuse.ort import open_session
+from effuse.plan import ProgramSpec
 from effuse.program import Part, Program, used_weights
+from effuse.runtime import Session
 
 OPSET = 21
 
@@ -100,7 +103,9 @@ def export_part(part: Part, weights: Mapping[str, torch.Tensor]) -> Any:
             )
         except Exception as error:
             reason = str(error).strip().splitlines()[0]
-            raise BackendError(f"onnx: the part {part.name!r} has no ONNX form: {reason}") from error
+            raise BackendError(
+                f"onnx: the part {part.name!r} has no ONNX form: {reason}"
+            ) from error
     assert program is not None
     strip(program.model)
     return program.model
@@ -126,14 +131,21 @@ def strip(model: Any) -> None:
         for node in function:
             node.metadata_props.clear()
     outputs = set(model.graph.outputs)
+    seen: set[str] = set()
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
         for value in node.outputs:
             value.metadata_props.clear()
             if value not in outputs:  # a reader infers them, and they are a third of the file
                 value.shape, value.type = None, None
+                value.name = f"v{len(seen)}"
+                seen.add(value.name)
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
+    for value in list(model.graph.initializers.values()):
+        if value.const_value.nbytes < INLINE_BYTES and value not in outputs:
+            value.name = f"c{len(seen)}"
+            seen.add(value.name)
 
 
 @contextmanager
@@ -148,3 +160,8 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def load_session(spec: ProgramSpec, folder: Path) -> Session:
+    """A Session over the built files."""
+    return open_session(spec, folder)

@@ -9,7 +9,7 @@ from onnxscript import opset21 as op
 from onnxscript.ir import DataType
 from torch import fx
 
-from effuse.graph import calls, eliminate, emit, emit_weight, substitute, value_of
+from effuse.graph import calls, eliminate, emit, emit_weight, substitute
 from effuse.kernels import dynamic as dynamic  # registers the ops
 
 aten, ops = torch.ops.aten, torch.ops.effuse
@@ -28,15 +28,22 @@ def dequantize(q: Any, scale: Any, zero_point: Any, axis: int) -> Any:
 
 
 def linear_dynamic(x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
-    """effuse::linear_dynamic; `prepare` has transposed the weight to (in, out)."""
+    """effuse::linear_dynamic; the transpose of a stored weight is folded when a session starts."""
     steps, step, zero = op.DynamicQuantizeLinear(x)
-    sums = op.Cast(op.MatMulInteger(steps, weight, zero), to=FLOAT)
+    sums = op.Cast(op.MatMulInteger(steps, op.Transpose(weight, perm=[1, 0]), zero), to=FLOAT)
     y = op.Mul(sums, op.Mul(step, scale))
     return y if bias is None else op.Add(y, bias)
 
 
 def conv2d_dynamic(
-    x: Any, weight: Any, scale: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int
+    x: Any,
+    weight: Any,
+    scale: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
 ) -> Any:
     """effuse::conv2d_dynamic."""
     steps, step, zero = op.DynamicQuantizeLinear(x)
@@ -87,8 +94,3 @@ def transpose_quantized(graph: fx.Graph, weights: dict[str, torch.Tensor]) -> No
             if rest and rest[0] is not None:
                 new = emit(graph, aten.add.Tensor, new, rest[0], like=node)
         substitute(node, new)
-    for node in calls(graph, ops.linear_dynamic.default):
-        with graph.inserting_before(node):
-            flipped = _transposed(graph, weights, node.args[1])
-        node.meta["onnx_weight"] = value_of(flipped)
-        node.update_arg(1, flipped)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from effuse.errors import InputError
-from effuse.graph import evaluate
-from effuse.plan import Input, Role
+from effuse.graph import Weights, evaluate
+from effuse.kernels import dynamic as dynamic  # registers the ops
+from effuse.plan import Input, ProgramSpec, Role
 from effuse.program import Part, Program
 from effuse.runtime import Run, Session
+from effuse.serial import graph_from_json, graph_to_json
 
 Observe = Callable[[Part, Any, Any], Any]
 
@@ -59,7 +64,7 @@ def session(
     begin: Callable[[Mapping[str, Any], int | None], None] | None = None,
 ) -> Session:
     """A Session over the program's graphs; `observe(part, node, value)` sees every value."""
-    runs = {part.name: _runner(program, part, observe) for part in program.parts}
+    runs = {part.name: _runner(part, program.weights, observe) for part in program.parts}
     if begin is None:
         return Session(program.spec(), runs, TorchArrays())
     return _Watched(program, runs, begin)
@@ -80,11 +85,43 @@ class _Watched(Session):
         return super().step(values)
 
 
-def _runner(program: Program, part: Part, observe: Observe | None) -> Run:
+def _runner(part: Part, weights: Weights, observe: Observe | None) -> Run:
     watch = None if observe is None else (lambda node, value: observe(part, node, value))
 
     def run(values: Mapping[str, Any]) -> tuple[Any, ...]:
         with torch.no_grad():
-            return evaluate(part.graph, program.weights, values, watch)
+            return evaluate(part.graph, weights, values, watch)
 
     return run
+
+
+def build(program: Program, folder: Path, progress: Any = lambda what, done, total: None) -> None:
+    """Write the graphs as JSON and the weights as safetensors."""
+    graphs = {part.name: graph_to_json(part.graph) for part in program.parts}
+    text = json.dumps(graphs, sort_keys=True, separators=(",", ":"))
+    (folder / "graphs.json").write_text(text, encoding="utf-8")
+    tensors = {name: tensor.contiguous() for name, tensor in program.weights.items()}
+    save_file(untied(tensors), folder / "weights.safetensors")
+    progress("write", 1, 1)
+
+
+def untied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies of the tensors that share memory with another, which safetensors does not take."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        address = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if address in seen else tensor
+        seen.add(address)
+    return found
+
+
+def load_session(spec: ProgramSpec, folder: Path) -> Session:
+    """A Session over the written graphs and weights."""
+    graphs = json.loads((folder / "graphs.json").read_text(encoding="utf-8"))
+    weights = load_file(folder / "weights.safetensors")
+    runs = {}
+    for part in spec.parts:
+        graph = graph_from_json(graphs[part.name])
+        runs[part.name] = _runner(Part(part.name, part.depends, graph, part.outputs), weights, None)
+    return Session(spec, runs, TorchArrays())

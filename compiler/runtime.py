@@ -133,7 +133,7 @@ class Session:
     ) -> None:
         self.spec = spec
         self._runs = runs
-        self._arrays = arrays or NumpyArrays()
+        self.arrays = arrays or NumpyArrays()
         self._memory = {part.name: _Memory() for part in spec.parts if part.rate < Rate.STEP}
 
     @property
@@ -153,14 +153,14 @@ class Session:
         check_shapes(self.spec, values)
         found = self.step(values)
         like = next(given[item.name] for item in self.spec.inputs if item.role is Role.LATENT)
-        results = [self._arrays.give(found[name], like) for name in self.spec.outputs]
+        results = [self.arrays.give(found[name], like) for name in self.spec.outputs]
         return self._result(results, return_dict)
 
     def step(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Run one step on the back end's own arrays, by the inputs' names; the outputs by name."""
         index = self.step_index(values)
         env = dict(values)
-        env[STEP_INPUT] = self._arrays.index(index or 0)
+        env[STEP_INPUT] = self.arrays.index(index or 0)
         entry = self.spec.plan.at(index)
         for part in self.spec.parts:
             if part.rate < Rate.STEP:
@@ -194,22 +194,22 @@ class Session:
         )
 
     def _take(self, item: Input, value: Any) -> Any:
-        taken = self._arrays.take(value, item)
+        taken = self.arrays.take(value, item)
         if item.role is not Role.TIMESTEP or len(taken.shape) == len(item.shape):
             return taken
-        return _broadcast_timestep(taken, item, self._arrays)
+        return _broadcast_timestep(taken, item, self.arrays)
 
     def _recall(self, part: PartSpec, env: Mapping[str, Any]) -> Sequence[Any]:
         """The part's outputs, from memory where its inputs are the same as in an earlier run."""
         memory = self._memory[part.name]
         needed = {name: env[name] for name in part.inputs}
         for key, (known, result) in memory.entries.items():
-            if all(self._arrays.same(known[name], needed[name]) for name in needed):
+            if all(self.arrays.same(known[name], needed[name]) for name in needed):
                 memory.entries.move_to_end(key)
                 return result
         result = self._runs[part.name](needed)
         memory.entries[memory.runs] = (
-            {name: self._arrays.keep(value) for name, value in needed.items()},
+            {name: self.arrays.keep(value) for name, value in needed.items()},
             result,
         )
         memory.runs += 1

@@ -5,6 +5,7 @@ uint8, from the least and greatest value that calibration saw (METHODS 0.2). Wei
 restricted to ±127. The bias becomes int32 at the products' scale. A convolution's output is
 quantized too, because integer convolutions write 8 bits; a linear's is not.
 Dynamic: the activation's range is found at run time, and nothing has to be calibrated.
+The programs that run once a picture keep float activations: int8 storage is all there is to gain.
 
 Every layer is measured on probes of the calibration run before it is chosen.
 """
@@ -12,7 +13,7 @@ Every layer is measured on probes of the calibration run before it is chosen.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -34,7 +35,7 @@ from effuse.kernels import dynamic as dynamic  # registers the ops
 from effuse.kernels.quantize import quantize_reference
 from effuse.metrics import CEILING_DB
 from effuse.passes.base import Pass, Work
-from effuse.plan import Depends
+from effuse.plan import Depends, Plan, Rate
 from effuse.program import Layer, Part, Program, prune_weights, run_program
 from effuse.rates import dependences
 from effuse.statistics import Calibration, Statistics
@@ -74,7 +75,7 @@ class Quantize(Pass):
         return None
 
     def run(self, program: Program, work: Work) -> Program:
-        """Quantize every variant."""
+        """Quantize every part, measured on the calibration's probes."""
         if work.calibration is None:
             raise PassError(
                 "quantize needs calibration: hand compile(calibration=run) a function that samples "
@@ -83,14 +84,13 @@ class Quantize(Pass):
         weights = dict(program.weights)
         parts, layers = [], []
         for part in program.parts:
-            if part in program.variants:
-                part, found = self._variant(program, part, weights, work, work.calibration)
-                layers += found
-            parts.append(part)
-        changed = replace(program, parts=tuple(parts), weights=weights, layers=tuple(layers))
-        return prune_weights(changed)
+            changed, found = self._part(program, part, weights, work, work.calibration)
+            parts.append(changed)
+            layers += found
+        result = replace(program, parts=tuple(parts), weights=weights, layers=tuple(layers))
+        return prune_weights(result)
 
-    def _variant(
+    def _part(
         self, program: Program, part: Part, weights: dict[str, torch.Tensor], work: Work,
         calibration: Calibration,
     ) -> tuple[Part, list[Layer]]:  # fmt: skip
@@ -99,7 +99,9 @@ class Quantize(Pass):
         work.progress("measure layers", 0, len(calibration.probes))
         quality = measure(program, part, self, calibration, work)
         graph, mapping = clone(part.graph)
-        writer = Writer(graph, weights, part.name, calibration.statistics, self)
+        writer = Writer(
+            graph, weights, part.name, calibration.statistics, self, part.rate < Rate.STEP
+        )
         layers = []
         for site in found:
             ratio = quality.get(site.name)
@@ -111,7 +113,8 @@ class Quantize(Pass):
                 substitute(node, writer.quantized(node))
             else:
                 reason = "out of fuel"
-            layers.append(layer(site, self.format, ratio, reason))
+            kind = self.format if part.rate is Rate.STEP else "w8"
+            layers.append(layer(site, kind, ratio, reason))
         eliminate(graph)
         return replace(part, graph=graph), layers
 
@@ -119,6 +122,8 @@ class Quantize(Pass):
         """Why a layer stays in float whatever its numbers, or None."""
         if unwanted := self.unwanted(module_path(site)):
             return unwanted
+        if part.rate < Rate.STEP:
+            return None
         if not self.edges and site in first_layers(part, program):
             return "first layer"
         if not self.edges and site in last_layers(part):
@@ -203,20 +208,37 @@ class Writer:
     part: str
     statistics: Statistics
     options: Quantize
+    stored_only: bool = False  # int8 weights, float arithmetic
 
     def __post_init__(self) -> None:
         self._pairs: dict[fx.Node, tuple[fx.Node, torch.Tensor]] = {}
 
     def quantized(self, site: fx.Node) -> fx.Node:
-        """New nodes after `site` that compute it in 8 bits; the last of them."""
+        """New nodes after `site` that compute it from int8 weights; the last of them."""
         with self.graph.inserting_after(site):
             anchor = self.graph.create_node("call_function", _nothing)
         with self.graph.inserting_before(anchor):
-            new = (
-                self._dynamic(site) if self.options.activations == "dynamic" else self._static(site)
-            )
+            new = self._method()(site)
         self.graph.erase_node(anchor)
         return new
+
+    def _method(self) -> Callable[[fx.Node], fx.Node]:
+        if self.stored_only:
+            return self._weight_only
+        return self._dynamic if self.options.activations == "dynamic" else self._static
+
+    def _weight_only(self, site: fx.Node) -> fx.Node:
+        weight, scale, numbers = self._stored(site)
+        real = self._real(site, weight, scale, numbers)
+        return self._emit(site, site.target, site.args[0], real, *site.args[2:])
+
+    def _real(
+        self, site: fx.Node, weight: fx.Node, scale: fx.Node, numbers: torch.Tensor
+    ) -> fx.Node:
+        """dequantize(weight), per output channel."""
+        zeros = torch.zeros(len(numbers), dtype=torch.int8)
+        stored = self._weight(f"zeros.int8.{len(numbers)}", zeros)
+        return self._emit(site, ops.dequantize.default, weight, scale, stored, 0)
 
     def _emit(self, like: fx.Node, target: Any, *args: Any) -> fx.Node:
         node: fx.Node = emit(self.graph, target, *args, like=like)
@@ -246,10 +268,7 @@ class Writer:
     def _static(self, site: fx.Node) -> fx.Node:
         x, step = self._activation(site.args[0])  # type: ignore[arg-type]
         weight, scale, numbers = self._stored(site)
-        zeros = self._weight(
-            f"zeros.int8.{len(numbers)}", torch.zeros(len(numbers), dtype=torch.int8)
-        )
-        real = self._emit(site, ops.dequantize.default, weight, scale, zeros, 0)
+        real = self._real(site, weight, scale, numbers)
         bias = self._bias(site, step * numbers)
         new = self._emit(site, site.target, x, real, bias, *site.args[3:])
         if site.target is aten.linear.default:
@@ -271,7 +290,7 @@ class Writer:
     def _pair(self, node: fx.Node, measured: fx.Node) -> tuple[fx.Node, torch.Tensor]:
         """quantize → dequantize of `node`, with the range that was seen at `measured`."""
         scale, zero = affine(*self.statistics.ranges[self.part, measured.name].overall)
-        name = f"activation.{self.part}.{measured.name}"
+        name = f"range.{self.part}.{measured.name}"
         at = (self._weight(f"{name}.scale", scale), self._weight(f"{name}.zero", zero))
         steps = self._emit(measured, ops.quantize.default, node, *at, 0)
         return self._emit(measured, ops.dequantize.default, steps, *at, 0), scale
@@ -316,7 +335,9 @@ def measure(
     """
     weights = dict(program.weights)
     graph, mapping = clone(part.graph)
-    writer = Writer(graph, weights, part.name, calibration.statistics, options)
+    writer = Writer(
+        graph, weights, part.name, calibration.statistics, options, part.rate < Rate.STEP
+    )
     twins = {writer.quantized(mapping[site]): mapping[site] for site in sites(part, weights)}
     wanted = set(twins.values())
     truth: dict[fx.Node, torch.Tensor] = {}
@@ -333,11 +354,17 @@ def measure(
 
     probing = replace(program, parts=tuple(
         replace(each, graph=graph) if each is part else each for each in program.parts
-    ), plan=replace(program.plan, default=part.name))  # fmt: skip
+    ), plan=_plan_with(program, part))  # fmt: skip
     for number, probe in enumerate(calibration.probes, start=1):
         run_program(probing, probe, observe, weights)
         work.progress("measure layers", number, len(calibration.probes))
     return {name: _ratio(signal, noise) for name, (signal, noise) in power.items()}
+
+
+def _plan_with(program: Program, part: Part) -> Plan:
+    """The plan with `part` as the variant that runs, if it is one."""
+    default = part.name if part.rate is Rate.STEP else program.plan.default
+    return replace(program.plan, default=default)
 
 
 def _ratio(signal: float, noise: float) -> float:

@@ -1,0 +1,196 @@
+"""The public API: `compile` on one page, `load`, and the object that both return (DESIGN 9)."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from effuse import artifact
+from effuse.errors import ArtifactError, ConfigError, require
+from effuse.plan import Plan, ProgramSpec, spec_from_json
+from effuse.runtime import Session
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from effuse.config import Config
+    from effuse.report import Report
+
+
+class ModelConfig(dict[str, Any]):
+    """The original network's config: by key, and by attribute as diffusers' pipelines read it."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the network's config has no {name!r}") from None
+
+
+class Compiled:
+    """A compiled network: call it as the network it replaces, save it, read its plan and report."""
+
+    def __init__(
+        self,
+        session: Session,
+        manifest: Mapping[str, Any],
+        folder: Path,
+        seconds: Mapping[str, float] | None = None,
+        keep: Any = None,
+    ) -> None:
+        self.session = session
+        self.manifest = manifest
+        self.folder = folder
+        self.seconds = dict(seconds or {})
+        self._keep = keep  # holds the temporary folder, if the files live in one
+        self.config = ModelConfig(manifest["model"].get("config", {}))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one step; takes and returns what the network's forward does.
+
+        Raises:
+            InputError: an input is missing, unknown, of the wrong shape or dtype, or the schedule
+                does not have the timestep.
+        """
+        return self.session(*args, **kwargs)
+
+    @property
+    def plan(self) -> str:
+        """The plan, one line a step: variant, slots filled and read."""
+        spec = self.session.spec
+        return "\n".join(Plan.lines(spec.plan, spec.timesteps or ()))
+
+    @property
+    def report(self) -> Report:
+        """What was built, measured and left alone, as data, for the terminal and as HTML."""
+        from effuse.report import Report
+
+        return Report(self.manifest, self.seconds, None)
+
+    @property
+    def size(self) -> int:
+        """All the artifact's files together, in bytes."""
+        return sum(path.stat().st_size for path in self.folder.iterdir())
+
+    @property
+    def dtype(self) -> Any:
+        """The network's dtype: torch's where torch is installed, else numpy's."""
+        name = self.manifest["model"]["dtype"]
+        try:
+            import torch
+        except ModuleNotFoundError:
+            import numpy
+
+            return numpy.dtype(name)
+        return getattr(torch, name)
+
+    @property
+    def device(self) -> Any:
+        """Where tensors come back: the CPU."""
+        try:
+            import torch
+        except ModuleNotFoundError:
+            return "cpu"
+        return torch.device("cpu")
+
+    def to(self, *args: Any, **kwargs: Any) -> Compiled:
+        """Itself: a compiled network stays where it was compiled for; pipelines call this."""
+        return self
+
+    def eval(self) -> Compiled:
+        """Itself; it is never in train mode."""
+        return self
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the artifact to `path`: a zip if the name ends in .zip, else a folder.
+
+        Raises:
+            ArtifactError: the path cannot be written, or holds something that is no artifact.
+        """
+        return artifact.save(self.folder, path)
+
+    def __repr__(self) -> str:
+        model, backend = self.manifest["model"], self.manifest["backend"]
+        return (
+            f"<effuse.Compiled {model.get('class', '?')} for {backend}, {self.size / 1e6:.1f} MB>"
+        )
+
+
+def compile(
+    model: nn.Module | str | os.PathLike[str],
+    config: Config | str | Path | Mapping[str, Any] = "exact",
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    schedule: Any = None,
+    calibration: Any = None,
+    progress: bool = True,
+) -> Compiled:
+    """Compile a denoiser ahead of time.
+
+    Args:
+        model: a torch.nn.Module in eval mode, or a folder written by save_pretrained.
+        config: an effuse.Config, a preset's name, a mapping, or the path of a TOML file.
+        inputs: example inputs by forward's names; None: derived from the model's own config.
+        schedule: a diffusers scheduler with its timesteps set, or the timesteps; None: any.
+        calibration: run(model) -> None that samples with the model it is handed, or an iterable of
+            input mappings; None: inputs from noise over the schedule.
+        progress: whether to show bars when standard error is a terminal.
+
+    Raises:
+        EffuseError: what exactly went wrong, and the way out; nothing is left behind.
+    """
+    require("torch")
+    from effuse import build
+    from effuse.config import resolve
+    from effuse.progress import phases
+
+    settings = resolve(config)
+    with phases(progress) as show:
+        with show.phase("capture"):
+            program = build.capture_program(model, inputs, schedule, settings)
+        with show.phase("rewrite"):
+            program = build.rewrite(program, settings, calibration, show)
+        holder = tempfile.TemporaryDirectory(prefix="effuse-")
+        with show.phase("lower"):
+            folder = Path(holder.name)
+            session, manifest = build.lower(program, settings, folder, show)
+    return Compiled(session, manifest, folder, show.seconds, holder)
+
+
+def load(
+    path: str | os.PathLike[str], *, threads: int = 0, providers: Iterable[str] = ()
+) -> Compiled:
+    """Load an artifact; an ONNX one needs numpy and onnxruntime only.
+
+    Args:
+        path: the folder or zip.
+        threads: for one operator in onnxruntime; 0 lets it choose.
+        providers: onnxruntime's execution providers in order of preference; the CPU by default.
+
+    Raises:
+        ArtifactError: the artifact is damaged, unsafe, or newer than this effuse.
+    """
+    opened = artifact.Opened(path)
+    manifest = opened.manifest
+    try:
+        spec: ProgramSpec = spec_from_json(manifest["program"])
+        backend = manifest["backend"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{path}: {artifact.MANIFEST} does not describe a program: {error}"
+        ) from None
+    if backend == "onnx":
+        from effuse.ort import open_session
+
+        session = open_session(spec, opened.folder, threads=threads, providers=tuple(providers))
+    elif backend == "reference":
+        require("torch")
+        from effuse.backends.reference import load_session
+
+        session = load_session(spec, opened.folder)
+    else:
+        raise ConfigError(f"{path}: built for {backend!r}, which this effuse does not run")
+    return Compiled(session, manifest, opened.folder, keep=opened)

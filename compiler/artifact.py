@@ -1,0 +1,202 @@
+"""Artifacts: a folder or a zip with a manifest, hashes and the built programs (imports no torch).
+
+    manifest.json   versions, config, roles, plan, figures
+    SHA256SUMS      of every other file; `sha256sum -c SHA256SUMS` checks it too
+    *.onnx, weights.safetensors, graphs.txt.gz …  what the back end wrote
+
+Written under a temporary name beside the target and renamed; checked when loaded; no pickle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from effuse.errors import ArtifactError
+
+FORMAT = 1
+MANIFEST, SUMS = "manifest.json", "SHA256SUMS"
+EPOCH = (1980, 1, 1, 0, 0, 0)  # a zip's earliest date: equal content, equal bytes
+SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 in hex, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size (bytes) and SHA-256 of every file in the folder, manifest and sums excepted."""
+    return {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.iterdir())
+        if path.name not in (MANIFEST, SUMS)
+    }
+
+
+def finish(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete a folder of built files to an artifact: manifest with `files`, and the sums."""
+    complete = {**manifest, "files": describe_files(folder)}
+    text = json.dumps(complete, indent=1, sort_keys=True) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    names = sorted(path.name for path in folder.iterdir() if path.name != SUMS)
+    lines = [f"{sha256(folder / name)}  {name}\n" for name in names]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+    return complete
+
+
+def save(folder: Path, target: str | os.PathLike[str]) -> Path:
+    """Copy a finished folder to `target`: a zip if the name ends so, else a folder.
+
+    An artifact that is there already is replaced; anything else there is left alone.
+
+    Raises:
+        ArtifactError: the target cannot be written, or is something else than an artifact.
+    """
+    goal = Path(target)
+    _check_target(goal)
+    try:
+        with _staging(goal) as staged:
+            if goal.suffix == ".zip":
+                _zip(folder, staged)
+            else:
+                shutil.copytree(folder, staged)
+            _swap(staged, goal)
+    except OSError as error:
+        raise ArtifactError(
+            f"{goal}: cannot write the artifact ({error.strerror or error}); choose another path or "
+            "free some space; nothing was left behind"
+        ) from error
+    return goal
+
+
+def _check_target(goal: Path) -> None:
+    if not goal.parent.is_dir():
+        raise ArtifactError(f"{goal}: the folder {str(goal.parent)!r} does not exist; create it first")
+    if goal.is_dir() and any(goal.iterdir()) and not (goal / MANIFEST).is_file():
+        raise ArtifactError(f"{goal}: a folder that is no artifact is there; choose another path")
+    if goal.is_file() and not zipfile.is_zipfile(goal):
+        raise ArtifactError(f"{goal}: a file that is no artifact is there; choose another path")
+
+
+@contextlib.contextmanager
+def _staging(goal: Path) -> Iterator[Path]:
+    """A path inside a temporary folder beside the goal, removed whatever happens."""
+    holder = Path(tempfile.mkdtemp(prefix=f".{goal.name}.", dir=goal.parent))
+    try:
+        yield holder / "new"
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+def _swap(staged: Path, goal: Path) -> None:
+    old = staged.with_name("old")
+    if goal.exists():
+        goal.rename(old)
+    try:
+        staged.rename(goal)
+    except OSError:
+        if old.exists():
+            old.rename(goal)
+        raise
+
+
+def _zip(folder: Path, target: Path) -> None:
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted(folder.iterdir()):
+            info = zipfile.ZipInfo(path.name, EPOCH)
+            info.compress_type = zipfile.ZIP_DEFLATED
+            info.external_attr = 0o644 << 16
+            with path.open("rb") as source, archive.open(info, "w", force_zip64=True) as sink:
+                shutil.copyfileobj(source, sink)
+
+
+class Opened:
+    """A checked artifact on disk: its folder and its manifest; a zip lives in a temporary folder."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._holder: tempfile.TemporaryDirectory[str] | None = None
+        source = Path(path)
+        if source.is_file():
+            self._holder = tempfile.TemporaryDirectory(prefix="effuse-")
+            self.folder = Path(self._holder.name)
+            unzip(source, self.folder)
+        elif source.is_dir():
+            self.folder = source
+        else:
+            raise ArtifactError(f"{source}: no such artifact")
+        self.manifest = check(self.folder, str(source))
+
+
+def unzip(source: Path, folder: Path) -> None:
+    """Unpack an artifact's zip, flat, refusing names that would leave the folder."""
+    if not zipfile.is_zipfile(source):
+        raise ArtifactError(f"{source}: neither a folder nor a complete zip; copy the artifact again")
+    with zipfile.ZipFile(source) as archive:
+        for info in archive.infolist():
+            name = info.filename
+            if PurePosixPath(name).name != name or not SAFE_NAME.fullmatch(name):
+                raise ArtifactError(
+                    f"{source}: the zip holds {name!r}, a path that leaves the artifact; it was not "
+                    "written by effuse, and nothing was unpacked from there"
+                )
+        try:
+            archive.extractall(folder)
+        except (zipfile.BadZipFile, OSError, EOFError) as error:
+            raise ArtifactError(f"{source}: the zip is damaged ({error}); copy it again") from error
+
+
+def check(folder: Path, name: str) -> dict[str, Any]:
+    """The manifest of an artifact whose files are all as they were written.
+
+    Raises:
+        ArtifactError: a file is missing or differs, or the artifact is of a newer version.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        version = int(manifest["format"])
+    except FileNotFoundError:
+        raise ArtifactError(f"{name}: no {MANIFEST} in it, so this is no effuse artifact") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{name}: {MANIFEST} is damaged ({error}); copy it again") from None
+    if version > FORMAT:
+        raise ArtifactError(
+            f"{name}: written by effuse {manifest.get('effuse', '?')} in artifact format {version}; "
+            f"this effuse reads up to {FORMAT}; update it: pip install -U effuse"
+        )
+    for file, digest in _sums(folder, name).items():
+        path = folder / file
+        if not path.is_file():
+            raise ArtifactError(f"{name}: {file} is missing; copy the artifact again")
+        if sha256(path) != digest:
+            raise ArtifactError(
+                f"{name}: {file} is not as it was written (SHA-256 differs): truncated or edited; "
+                "copy the artifact again, or compile again"
+            )
+    return dict(manifest)
+
+
+def _sums(folder: Path, name: str) -> dict[str, str]:
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise ArtifactError(f"{name}: {SUMS} is missing; copy the artifact again") from None
+    found = {}
+    for line in lines:
+        digest, _, file = line.partition("  ")
+        if not SAFE_NAME.fullmatch(file):
+            raise ArtifactError(f"{name}: {SUMS} names {file!r}, which leaves the artifact")
+        found[file] = digest
+    if MANIFEST not in found:
+        raise ArtifactError(f"{name}: {SUMS} does not cover {MANIFEST}; copy the artifact again")
+    return found

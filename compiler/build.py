@@ -1,0 +1,245 @@
+"""The phases of a compilation: capture, rewrite, lower; `api.compile` strings them together."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import importlib.metadata
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from effuse import __version__, artifact
+from effuse.calibrate import calibrate, step_values
+from effuse.capture import capture
+from effuse.config import Config
+from effuse.cost import part_costs, rate_costs
+from effuse.dump import dump
+from effuse.errors import BackendError, ConfigError
+from effuse.graph import calls
+from effuse.kernels.table import BY_TARGET
+from effuse.metrics import sqnr_db
+from effuse.pass_manager import fuel_from_environment, run_passes
+from effuse.passes import Canonicalize
+from effuse.plan import Role, to_json
+from effuse.program import Program, run_program
+from effuse.progress import Phases
+from effuse.roles import TIMESTEP_NAMES
+from effuse.runtime import Session
+from effuse.statistics import Calibration
+from effuse.verify import relative_error
+
+NUDGE = 1e-6  # relative; how far the latent is moved to see what rounding at ties does
+TIE_MARGIN_DB = 3.0  # two such runs of one network differ by up to this much in their distance
+LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "numpy")
+
+
+def capture_program(
+    model: Any, inputs: Mapping[str, Any] | None, schedule: Any, config: Config
+) -> Program:
+    """Capture the network, with example inputs derived where none are given."""
+    network = load_network(model) if isinstance(model, (str, os.PathLike)) else model
+    times = timesteps_of(schedule)
+    first = None if times is None else times[len(times) // 2]
+    if inputs is None:
+        from effuse.examples import derive_inputs
+
+        inputs = derive_inputs(network, timestep=first)
+    elif first is not None:
+        inputs = on_schedule(inputs, times, config)
+    known = None if times is None else tuple(float(time) for time in times)
+    program = capture(network, inputs, roles=config.roles, dynamic=config.dynamic, timesteps=known)
+    parameters = {name for name, _ in network.named_parameters()}
+    rates = rate_costs(program, parameter_names=parameters)
+    return replace(program, model={**program.model, "rates": rates})
+
+
+def load_network(path: str | os.PathLike[str]) -> nn.Module:
+    """The diffusers network that save_pretrained wrote to a folder, in eval mode."""
+    from effuse.inspect_model import load_folder
+
+    return load_folder(Path(path))
+
+
+def timesteps_of(schedule: Any) -> torch.Tensor | None:
+    """The distinct timesteps of a diffusers scheduler, or of a sequence of numbers, in order.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if schedule is None:
+        return None
+    times = getattr(schedule, "timesteps", schedule)
+    if times is None or len(times) == 0:
+        raise ConfigError(
+            "schedule: no timesteps; call scheduler.set_timesteps(n) before compiling"
+        )
+    tensor = torch.as_tensor(times).cpu().flatten()
+    return torch.tensor(list(dict.fromkeys(tensor.tolist())), dtype=tensor.dtype)
+
+
+def on_schedule(inputs: Mapping[str, Any], times: Any, config: Config) -> dict[str, Any]:
+    """The example inputs with a timestep that the schedule has."""
+    names = {n for n, role in config.roles.items() if Role(role) is Role.TIMESTEP} | TIMESTEP_NAMES
+    known = {float(time) for time in times}
+    middle = times[len(times) // 2]
+    return {
+        name: torch.full_like(value, middle.to(value.dtype))
+        if name in names
+        and isinstance(value, torch.Tensor)
+        and float(value.flatten()[0]) not in known
+        else value
+        for name, value in inputs.items()
+    }
+
+
+def rewrite(program: Program, config: Config, feed: Any, show: Phases) -> Program:
+    """Run the passes of the configuration, calibrating when the first of them asks for it."""
+
+    def run_calibration(current: Program) -> Calibration:
+        with show.phase("calibrate"):
+            return calibrate(
+                current,
+                feed,
+                step_values,
+                groups=config.step_groups,
+                seed=config.seed,
+                progress=show,
+            )
+
+    folder = os.environ.get("EFFUSE_DUMP")
+    return run_passes(
+        program,
+        (Canonicalize(), *config.passes),
+        run_calibration,
+        fuel=fuel_from_environment(),
+        dump_to=Path(folder) if folder else None,
+        progress=show,
+    )
+
+
+def pick_backend(config: Config) -> tuple[str, str | None]:
+    """The back end to use, and what `auto` had to fall back from."""
+    if config.backend != "auto":
+        return config.backend, None
+    reason = importlib.import_module("effuse.backends.onnx").available()
+    return ("onnx", None) if reason is None else ("reference", reason)
+
+
+def lower(
+    program: Program, config: Config, folder: Path, show: Phases
+) -> tuple[Session, dict[str, Any]]:
+    """Build the program into `folder`, check it against reference, and complete the artifact."""
+    name, fallback = pick_backend(config)
+    backend = importlib.import_module(f"effuse.backends.{name}")
+    if reason := backend.available():
+        raise BackendError(f"{name}: {reason}")
+    backend.build(program, folder, show)
+    session: Session = backend.load_session(program.spec(), folder)
+    parity = check_parity(program, session, name)
+    text = "\n".join(f"# {part.name}\n{dump(part.graph)}" for part in program.parts)
+    (folder / "graphs.txt.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+    described = describe(program, config, name, parity, fallback)
+    return session, artifact.finish(folder, described)
+
+
+def check_parity(program: Program, session: Session, backend: str) -> dict[str, Any]:
+    """Error (relative) and SQNR (dB) of a back end's outputs against reference on the examples.
+
+    Raises:
+        BackendError: the back end computes something else.
+    """
+    if not program.examples:
+        return {"error": None, "sqnr_db": None}
+    with torch.no_grad():
+        expected = run_program(program, program.examples)
+    values = {name: session.arrays.take(program.examples[name], item)
+              for name, item in ((item.name, item) for item in program.inputs)}  # fmt: skip
+    found = session.step(values)
+    outputs = [torch.as_tensor(found[name]) for name in program.outputs]
+    error = relative_error(outputs, expected)
+    ratio = worst_db(expected, outputs)
+    bound = parity_bound_db(program, expected)
+    if ratio < bound:
+        raise BackendError(
+            f"{backend} agrees with reference to {ratio:.1f} dB only, and {bound:.0f} dB are needed; "
+            "this is a defect of the lowering: please report it with `effuse dump`"
+        )
+    return {"error": float(f"{error:.2g}"), "sqnr_db": round(ratio, 1)}
+
+
+def parity_bound_db(program: Program, expected: Sequence[torch.Tensor]) -> float:
+    """How close a back end must be to reference, in dB.
+
+    An exact program: to the dtype's rounding. A quantized one rounds at ties: a difference in the
+    last bit moves a value by a whole step, and the steps add up on their way through the network.
+    How much is measured: reference against itself, its latent moved by one part in a million.
+    """
+    if all(record.exact for record in program.records):
+        return {"float32": 90.0, "float64": 90.0, "float16": 45.0}.get(program.model["dtype"], 30.0)
+    moved = {
+        item.name: program.examples[item.name] * (1 + NUDGE if item.role is Role.LATENT else 1)
+        for item in program.inputs
+    }
+    with torch.no_grad():
+        return worst_db(expected, run_program(program, moved)) - TIE_MARGIN_DB
+
+
+def worst_db(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> float:
+    """The least SQNR (dB) over the outputs."""
+    pairs = zip(expected, found, strict=True)
+    return min(sqnr_db(one.float().numpy(), other.float().numpy()) for one, other in pairs)
+
+
+def describe(
+    program: Program,
+    config: Config,
+    backend: str,
+    parity: Mapping[str, Any],
+    fallback: str | None,
+) -> dict[str, Any]:
+    """The manifest, but for the files."""
+    return {
+        "format": artifact.FORMAT,
+        "effuse": __version__,
+        "backend": backend,
+        "fallback": fallback,
+        "target": config.target,
+        "config": config.data(),
+        "program": to_json(program.spec()),
+        "model": {k: v for k, v in program.model.items() if k != "rates"},
+        "passes": to_json(program.records),
+        "layers": to_json(program.layers),
+        "parts": {
+            part.name: {"rate": part.rate.name.lower(), **part_costs(part, program.weights)}
+            for part in program.parts
+        },
+        "rates": program.model.get("rates", {}),
+        "native": native_ops(program, backend),
+        "parity": dict(parity),
+        "versions": versions(LIBRARIES),
+    }
+
+
+def native_ops(program: Program, backend: str) -> dict[str, str]:
+    """For each effuse op in the program: whether this back end runs it natively or simulates it."""
+    found = {node.target for part in program.parts for node in calls(part.graph)}
+    rows = [BY_TARGET[target] for target in found if target in BY_TARGET]
+    return {row.name: row.implementations.get(backend, "simulated") for row in rows}
+
+
+def versions(names: Sequence[str]) -> dict[str, str]:
+    """Installed versions, and Python's."""
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,161 @@
+"""What to build: passes, back end, target; from Python, a preset's name, a mapping or a TOML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
+
+from effuse.errors import ConfigError, nearest
+from effuse.passes import BY_NAME, ORDER, PRESETS, Pass
+from effuse.plan import to_json
+
+BACKENDS = ("auto", "reference", "onnx")
+
+
+class Config(BaseModel):
+    """A build's configuration.
+
+    Args:
+        passes: what to rewrite, in any order; canonicalization always runs first.
+        backend: `reference`, `onnx`, or `auto` (the fastest that is there).
+        target: what to build for, present or not, e.g. `cpu-avx512vnni`; None: this machine.
+        seed: of everything random (calibration noise).
+        roles: overrides, input's label -> latent, timestep, prompt or static.
+        dynamic: sizes left open with bounds, e.g. {"batch": (1, 8)}.
+        step_groups: groups of timesteps that calibration keeps statistics for.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    passes: tuple[Any, ...] = ()
+    backend: str = "onnx"
+    target: str | None = None
+    seed: int = 0
+    roles: dict[str, str] = {}
+    dynamic: dict[str, tuple[int, int]] = {}
+    step_groups: int = 10
+
+    def __init__(self, **values: Any) -> None:
+        for name in values:
+            if name not in type(self).model_fields:
+                raise ConfigError(f"config: no option {name!r}{nearest(name, type(self).model_fields)}")
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise own_error(error) or ConfigError(f"config: {first_problem(error)}") from None
+
+    @field_validator("passes", mode="before")
+    @classmethod
+    def _passes(cls, value: Any) -> tuple[Pass, ...]:
+        if isinstance(value, str):
+            return preset(value)
+        if isinstance(value, (Pass, Mapping)):
+            value = (value,)
+        return legal_order([make_pass(item) for item in value])
+
+    @field_validator("backend")
+    @classmethod
+    def _backend(cls, value: str) -> str:
+        if value not in BACKENDS:
+            raise ConfigError(f"backend: {value!r} is not in this version{nearest(value, BACKENDS)}")
+        return value
+
+    @field_validator("target")
+    @classmethod
+    def _target(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith("cpu"):
+            raise ConfigError(f"target: {value!r} is not in this version (known: cpu, cpu-…, or None)")
+        return value
+
+    @field_validator("step_groups")
+    @classmethod
+    def _step_groups(cls, value: int) -> int:
+        if value < 1:
+            raise ConfigError(f"step_groups: at least 1, got {value}")
+        return value
+
+    def data(self) -> dict[str, Any]:
+        """The resolved configuration as JSON-able data, for the manifest."""
+        passes = [{"name": each.name, **to_json(dataclasses.asdict(each))} for each in self.passes]
+        rest = {name: to_json(getattr(self, name)) for name in type(self).model_fields}
+        return {**rest, "passes": passes}
+
+
+def own_error(error: ValidationError) -> ConfigError | None:
+    """The ConfigError that one of our validators raised, if it is what pydantic reports."""
+    cause = error.errors()[0].get("ctx", {}).get("error")
+    return cause if isinstance(cause, ConfigError) else None
+
+
+def first_problem(error: ValidationError) -> str:
+    """pydantic's first complaint in one sentence."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    given = problem.get("input")
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {message} (got {given!r})" if where else message
+
+
+def preset(name: str) -> tuple[Pass, ...]:
+    """The passes of a preset."""
+    if name not in PRESETS:
+        raise ConfigError(f"preset: {name!r} is unknown{nearest(name, PRESETS)}")
+    return PRESETS[name]
+
+
+def make_pass(value: Any) -> Pass:
+    """A pass from itself, its name, or a mapping {"name": …, option: …}."""
+    if isinstance(value, Pass):
+        return value
+    options = {"name": value} if isinstance(value, str) else dict(value)
+    name = str(options.pop("name", ""))
+    if name not in BY_NAME:
+        raise ConfigError(f"passes: no pass is called {name!r}{nearest(name, BY_NAME)}")
+    kind = BY_NAME[name]
+    known = {field.name for field in dataclasses.fields(kind)}
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"passes: {name} has no option {option!r}{nearest(option, known)}")
+    try:
+        return TypeAdapter(kind).validate_python(options)
+    except ValidationError as error:
+        raise ConfigError(f"passes: {name}: {first_problem(error)}") from None
+
+
+def legal_order(passes: Sequence[Pass]) -> tuple[Pass, ...]:
+    """The passes in the order of `passes.ORDER`; the same pass twice is refused."""
+    names = [each.name for each in passes]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"passes: {name} is given twice")
+    return tuple(sorted(passes, key=lambda each: ORDER.index(type(each))))
+
+
+def resolve(value: Config | str | Path | Mapping[str, Any]) -> Config:
+    """A Config from itself, a preset's name, a mapping, or the path of a TOML file.
+
+    Raises:
+        ConfigError: unknown preset, pass or option, with the nearest name.
+    """
+    if isinstance(value, Config):
+        return value
+    if isinstance(value, Mapping):
+        return Config(**value)
+    if str(value).endswith(".toml"):
+        return Config(**read_toml(Path(value)))
+    return Config(passes=preset(str(value)))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The mapping in a TOML file."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None

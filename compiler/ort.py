@@ -1,0 +1,51 @@
+"""Runs the parts of an ONNX artifact with onnxruntime (imports no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+
+from effuse.errors import ArtifactError, InputError
+from effuse.plan import PartSpec, ProgramSpec
+from effuse.runtime import Run, Session
+
+ERRORS_ONLY = 3
+
+
+def open_session(
+    spec: ProgramSpec, folder: Path, *, threads: int = 0, providers: Sequence[str] = ()
+) -> Session:
+    """A Session over `<part>.onnx` in `folder`.
+
+    Args:
+        threads: for one operator; 0 lets onnxruntime choose.
+        providers: execution providers in order of preference; the CPU by default.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = ERRORS_ONLY
+    chosen = list(providers) or ["CPUExecutionProvider"]
+    runs = {part.name: _run(part, folder, options, chosen) for part in spec.parts}
+    return Session(spec, runs)
+
+
+def _run(part: PartSpec, folder: Path, options: Any, providers: list[str]) -> Run:
+    path = folder / f"{part.name}.onnx"
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # onnxruntime's exceptions have no common base
+        raise ArtifactError(f"{path.name}: onnxruntime cannot load it: {error}") from error
+    names = {item.name for item in session.get_inputs()}
+
+    def run(values: Mapping[str, Any]) -> Sequence[Any]:
+        feed = {name: value for name, value in values.items() if name in names}
+        try:
+            return list(session.run(part.outputs, feed))
+        except Exception as error:
+            shapes = ", ".join(f"{name} {value.shape}" for name, value in feed.items())
+            raise InputError(f"{part.name}: onnxruntime refused {shapes}: {error}") from error
+
+    return run
