@@ -61,7 +61,29 @@ def conv2d_dynamic(
     return y if bias is None else op.Add(y, op.Unsqueeze(bias, axes))
 
 
+def group_norm(
+    x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, _: bool = True
+) -> Any:
+    """aten::group_norm over (n, c, …) as one InstanceNormalization of (n, groups, rest).
+
+    ONNX Runtime has no kernel for GroupNormalization on the CPU and runs it as a dozen small ops:
+    measured 1.65 ms against 1.07 ms for (32, 64, 32, 32) with SiLU.
+    """
+    rank = len(x.shape)
+    ones = op.Constant(value_floats=[1.0] * groups)
+    zeros = op.Constant(value_floats=[0.0] * groups)
+    if x.dtype is not DataType.FLOAT:
+        ones, zeros = op.CastLike(ones, x), op.CastLike(zeros, x)
+    flat = op.Reshape(x, op.Constant(value_ints=[0, groups, -1]))
+    y = op.Reshape(op.InstanceNormalization(flat, ones, zeros, epsilon=eps), op.Shape(x))
+    axes = op.Constant(value_ints=list(range(1, rank - 1)))
+    if weight is not None:
+        y = op.Mul(y, op.Unsqueeze(weight, axes))
+    return y if bias is None else op.Add(y, op.Unsqueeze(bias, axes))
+
+
 TRANSLATIONS: dict[Any, Any] = {
+    aten.group_norm.default: group_norm,
     ops.quantize.default: quantize,
     ops.dequantize.default: dequantize,
     ops.linear_dynamic.default: linear_dynamic,
