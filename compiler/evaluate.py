@@ -1,0 +1,377 @@
+"""Evaluate: compiled networks against the original, by sampling with each from the same noise.
+
+Each step's error is measured like with like: the original's own inputs, recorded along its
+trajectory, go into every network (teacher-forced), since one network's error moves the next input.
+Pictures come from each network's own trajectory, where errors do add up.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from effuse.errors import InputError, require
+from effuse.metrics import CEILING_DB, psnr_db, sqnr_db
+
+Model = Callable[..., Any]
+OnStep = Callable[[int, Any, Any], None]  # index, timestep, the network's output
+Sampler = Callable[[Model, OnStep], Any]  # -> final latents in [-1, 1], (n, 3, h, w)
+Progress = Callable[[str, int, int], None]
+
+CPUINFO = Path("/proc/cpuinfo")  # Linux: the processor's name, which platform does not know
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What one network did: time, size, pictures, and its distance from the reference."""
+
+    name: str
+    ms_per_step: float  # median
+    megabytes: float
+    pictures: np.ndarray[Any, Any]  # uint8, (n, h, w, 3)
+    psnr_db: float  # of all pictures together; 200 where no pixel differs
+    psnr_each: tuple[float, ...]  # dB, one a picture
+    step_sqnr_db: tuple[float | None, ...]  # one a step; None where the step was not kept
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures, without the pixels."""
+        return {
+            "name": self.name,
+            "ms_per_step": self.ms_per_step,
+            "megabytes": self.megabytes,
+            "psnr_db": self.psnr_db,
+            "psnr_each": list(self.psnr_each),
+            "step_sqnr_db": list(self.step_sqnr_db),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Several networks against one reference, on the same noise and prompts."""
+
+    reference: Run
+    runs: tuple[Run, ...]  # without the reference
+    prompts: tuple[str, ...]  # one a picture
+    timesteps: tuple[float, ...]
+    machine: Mapping[str, Any]
+
+    def speedup(self, run: Run) -> float:
+        """How many times as fast as the reference a step of `run` is."""
+        return self.reference.ms_per_step / run.ms_per_step
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as JSON's own types, without the pixels."""
+        runs = [{**run.to_json(), "speedup": self.speedup(run)} for run in self.runs]
+        return {
+            "reference": self.reference.to_json(),
+            "runs": runs,
+            "prompts": list(self.prompts),
+            "timesteps": list(self.timesteps),
+            "machine": dict(self.machine),
+        }
+
+
+def evaluate(
+    models: Mapping[str, tuple[Model, float]],
+    sample: Sampler,
+    prompts: Sequence[str],
+    *,
+    rounds: int = 2,
+    keep: int = 64,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Sample with every model from the same noise, and compare with the first.
+
+    Args:
+        models: name -> (called like a diffusers denoiser, its size in megabytes), reference first.
+        sample: runs the whole loop with the model that it is handed, from the same noise each
+            time; calls on_step(index, timestep, output) after each step; gives the final pictures
+            in [-1, 1], (n, 3, h, w).
+        prompts: one a picture.
+        rounds: how often each model samples, every other round in reverse order: a machine that
+            gets busy does so for all. The first step of each round warms up and is not timed.
+        keep: the most steps whose inputs are kept for the comparison step by step, evenly spaced.
+        progress: progress(what, done, total) as the work goes on.
+
+    Raises:
+        InputError: no models or rounds, or a sampler that does not do what `sample` says.
+    """
+    if not models or min(rounds, keep) < 1:
+        raise InputError("evaluate: at least one model, one round and one step to keep are needed")
+    show = progress or (lambda what, done, total: None)
+    tape = Tape(keep)
+    with require("torch").no_grad():
+        traces = sample_all(models, sample, rounds, tape, show)
+        for name, found in traces.items():
+            check(name, found[0], prompts)
+        errors = replay_all(models, tape, show)
+    reference = next(iter(traces.values()))[0]
+    first, *others = (
+        make_run(name, found, models[name][1], reference.pictures, errors[name])
+        for name, found in traces.items()
+    )
+    return Evaluation(first, tuple(others), tuple(prompts), tuple(reference.timesteps), machine())
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor's copy in memory, and the device that it came from."""
+
+    value: Any
+    device: Any
+
+    def restored(self) -> Any:
+        """The tensor where it was."""
+        return self.value.to(self.device)
+
+
+def tree_map(function: Callable[[Any], Any], value: Any) -> Any:
+    """`value` with every leaf of its tuples, lists and dicts replaced."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(tree_map(function, item) for item in value)
+    if isinstance(value, dict):
+        return {key: tree_map(function, item) for key, item in value.items()}
+    return function(value)
+
+
+def stored(value: Any) -> Any:
+    """A copy that nobody changes, of a tensor; other values as they are."""
+    if not hasattr(value, "detach"):
+        return value
+    return Stored(value.detach().cpu().clone(), value.device)
+
+
+def restored(value: Any) -> Any:
+    """The inverse of `stored`."""
+    return value.restored() if isinstance(value, Stored) else value
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the reference: its arguments, stored, and its first output."""
+
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    output: np.ndarray[Any, Any]
+
+    def repeat(self, model: Model) -> np.ndarray[Any, Any]:
+        """The first output of `model` on the same arguments."""
+        args, kwargs = tree_map(restored, self.arguments)
+        return first_output(model(*args, **kwargs))
+
+
+@dataclass
+class Tape:
+    """The calls of a bounded number of steps, evenly spaced however many steps there will be."""
+
+    limit: int
+    steps: dict[int, list[Call]] = field(default_factory=dict)
+    stride: int = 1
+
+    def wants(self, step: int) -> bool:
+        """Whether the step's calls are kept."""
+        return step % self.stride == 0
+
+    def add(self, step: int, call: Call) -> None:
+        """Keep a call; a full tape first forgets every other step."""
+        if step not in self.steps and len(self.steps) == self.limit:
+            self.stride *= 2
+            self.steps = {index: calls for index, calls in self.steps.items() if self.wants(index)}
+        if self.wants(step):
+            self.steps.setdefault(step, []).append(call)
+
+
+@dataclass
+class Trace:
+    """A model that is timed, and taped if asked, while a sampler calls it."""
+
+    model: Model
+    tape: Tape | None = None
+    seconds: list[float] = field(default_factory=list)  # in the model, by step
+    timesteps: list[float] = field(default_factory=list)
+    pictures: Any = None  # float32 in [-1, 1], (n, 3, h, w)
+    _spent: float = 0.0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model gives, timed."""
+        start = time.perf_counter()
+        output = self.model(*args, **kwargs)
+        wait_for(output)
+        self._spent += time.perf_counter() - start
+        step = len(self.seconds)
+        if self.tape is not None and self.tape.wants(step):
+            call = Call(tree_map(stored, (args, kwargs)), first_output(output))
+            self.tape.add(step, call)
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "model":
+            raise AttributeError(name)
+        return getattr(self.model, name)  # samplers read the network's config, dtype and device
+
+    def on_step(self, index: int, timestep: Any, output: Any) -> None:
+        """The sampler is through with a step."""
+        self.timesteps.append(float(timestep))
+        self.seconds.append(self._spent)
+        self._spent = 0.0
+
+    def sample(self, sample: Sampler) -> Trace:
+        """Itself, after sampling."""
+        self.pictures = np.clip(as_array(sample(self, self.on_step)), -1, 1)
+        return self
+
+
+def wait_for(output: Any) -> None:
+    """Wait for a GPU, whose calls return before they are done."""
+    device = getattr(first_tensor(output), "device", None)
+    if getattr(device, "type", "cpu") == "cuda":
+        require("torch").cuda.synchronize(device)
+
+
+def first_tensor(output: Any) -> Any:
+    """The first tensor of what a denoiser returns: a tensor, a tuple, or an output by name."""
+    if hasattr(output, "shape"):
+        return output
+    return output.sample if hasattr(output, "sample") else output[0]
+
+
+def first_output(output: Any) -> np.ndarray[Any, Any]:
+    """The first tensor as a float32 array of its own."""
+    return as_array(first_tensor(output)).copy()
+
+
+def as_array(value: Any) -> np.ndarray[Any, Any]:
+    """A tensor or array as a float32 array."""
+    plain = value.detach().cpu().float() if hasattr(value, "detach") else value
+    return np.asarray(plain, dtype=np.float32)
+
+
+def sample_all(
+    models: Mapping[str, tuple[Model, float]],
+    sample: Sampler,
+    rounds: int,
+    tape: Tape,
+    show: Progress,
+) -> dict[str, list[Trace]]:
+    """Every model's traces, one a round; the reference's first trajectory goes on the tape."""
+    names, total = list(models), rounds * len(models)
+    traces: dict[str, list[Trace]] = {name: [] for name in names}
+    show("sample", 0, total)
+    for turn in range(total):
+        lap, place = divmod(turn, len(names))
+        name = names[place] if lap % 2 == 0 else names[-1 - place]
+        trace = Trace(models[name][0], tape if turn == 0 else None)
+        traces[name].append(trace.sample(sample))
+        show("sample", turn + 1, total)
+    return traces
+
+
+def check(name: str, trace: Trace, prompts: Sequence[str]) -> None:
+    """Refuse what a sampler must not do.
+
+    Raises:
+        InputError: no step was announced, the model was not called, or there are not as many
+            pictures as prompts.
+    """
+    shape = trace.pictures.shape
+    if len(shape) != 4 or shape[1] != 3 or shape[0] != len(prompts):
+        raise InputError(
+            f"evaluate: with {name}, sample returned shape {shape}; expected ({len(prompts)}, 3, "
+            "height, width), one picture for each prompt"
+        )
+    if not trace.seconds or not any(trace.seconds):
+        raise InputError(
+            f"evaluate: with {name}, sample did not call the model that it was handed, or not "
+            "on_step(index, timestep, output) after it"
+        )
+
+
+def replay_all(
+    models: Mapping[str, tuple[Model, float]], tape: Tape, show: Progress
+) -> dict[str, dict[int, float]]:
+    """SQNR (dB) of every model at every step of the tape, on the reference's inputs."""
+    total = len(tape.steps) * (len(models) - 1)
+    reference, *others = models
+    errors = {reference: dict.fromkeys(tape.steps, CEILING_DB)}
+    for turn, name in enumerate(others):
+        errors[name] = {}
+        for done, (step, calls) in enumerate(tape.steps.items(), 1):
+            errors[name][step] = step_error(models[name][0], calls)
+            show("compare steps", turn * len(tape.steps) + done, total)
+    return errors
+
+
+def step_error(model: Model, calls: Sequence[Call]) -> float:
+    """SQNR (dB) over all the calls of one step."""
+    expected = [call.output.ravel() for call in calls]
+    found = [call.repeat(model).ravel() for call in calls]
+    return sqnr_db(np.concatenate(expected), np.concatenate(found))
+
+
+def make_run(
+    name: str,
+    traces: Sequence[Trace],
+    megabytes: float,
+    reference: np.ndarray[Any, Any],
+    errors: Mapping[int, float],
+) -> Run:
+    """The figures of one model."""
+    pictures, steps = traces[0].pictures, len(traces[0].seconds)
+    pairs = zip(reference, pictures, strict=True)
+    return Run(
+        name=name,
+        ms_per_step=1000 * median_seconds([trace.seconds for trace in traces]),
+        megabytes=megabytes,
+        pictures=to_pixels(pictures),
+        psnr_db=picture_db(reference, pictures),
+        psnr_each=tuple(picture_db(expected, found) for expected, found in pairs),
+        step_sqnr_db=tuple(errors.get(step) for step in range(steps)),
+    )
+
+
+def median_seconds(rounds: Sequence[Sequence[float]]) -> float:
+    """The median step, the first of each round left out where there are others."""
+    return statistics.median(
+        seconds for steps in rounds for seconds in (steps[1:] if len(steps) > 1 else steps)
+    )
+
+
+def picture_db(expected: np.ndarray[Any, Any], found: np.ndarray[Any, Any]) -> float:
+    """PSNR (dB) of pixels in [-1, 1]; -200 where a pixel is not finite."""
+    return psnr_db(expected, found) if np.isfinite(found).all() else -CEILING_DB
+
+
+def to_pixels(pictures: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """(n, 3, h, w) in [-1, 1] as uint8 (n, h, w, 3); grey where a pixel is not finite."""
+    scaled = (np.nan_to_num(pictures) + 1) * 127.5
+    pixels: np.ndarray[Any, Any] = scaled.round().astype(np.uint8)
+    return pixels.transpose(0, 2, 3, 1)
+
+
+def machine() -> dict[str, Any]:
+    """What the times were measured on."""
+    torch = require("torch")
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "torch threads": torch.get_num_threads(),
+        "system": platform.platform(terse=True),
+        "torch": torch.__version__,
+    }
+
+
+def processor() -> str:
+    """The processor's name, or its architecture where the system does not tell."""
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
