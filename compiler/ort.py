@@ -13,6 +13,9 @@ from effuse.plan import PartSpec, ProgramSpec
 from effuse.runtime import Run, Session
 
 ERRORS_ONLY = 3
+# A matmul with stored int8 weights becomes MatMulNBits, which by default (4) would quantize the
+# activations too; 1 keeps float32 arithmetic, as the graph says.
+CONFIG = {"session.qdq_matmulnbits_accuracy_level": "1"}
 
 
 def open_session(
@@ -27,6 +30,8 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = ERRORS_ONLY
+    for key, value in CONFIG.items():
+        options.add_session_config_entry(key, value)
     chosen = list(providers) or ["CPUExecutionProvider"]
     runs = {part.name: _run(part, folder, options, chosen) for part in spec.parts}
     return Session(spec, runs)
