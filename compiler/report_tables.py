@@ -1,0 +1,263 @@
+"""A manifest as tables."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from effuse.report_text import (
+    Table,
+    counted,
+    decibels,
+    gigaflops,
+    listed,
+    megabytes,
+    quantity,
+    without_empty,
+)
+
+if TYPE_CHECKING:
+    pass
+
+Manifest = Mapping[str, Any]
+Pixels = np.ndarray[Any, Any]
+
+
+RATES = ("const", "schedule", "prompt", "step")
+WHEN = {"const": "never", "schedule": "per schedule", "prompt": "per prompt", "step": "every step"}
+
+
+def headline(manifest: Manifest) -> str:
+    """The network's class."""
+    return str(manifest.get("model", {}).get("class", "network"))
+
+
+def facts(manifest: Manifest, seconds: Mapping[str, float]) -> list[str]:
+    """What the build is, in a few lines."""
+    model, parity = manifest.get("model", {}), manifest.get("parity", {})
+    weights = f", {megabytes(model['weight_bytes'])} MB" if "weight_bytes" in model else ""
+    target = f" for {manifest['target']}" if manifest.get("target") else ""
+    lines = [
+        f"{quantity(model.get('parameters', 0))} parameters, {model.get('dtype', '?')}{weights}",
+        f"back end {manifest.get('backend', '?')}{target}, effuse {manifest.get('effuse', '?')}",
+    ]
+    if manifest.get("fallback"):
+        lines.append(f"fell back from the faster back end: {manifest['fallback']}")
+    if parity.get("sqnr_db") is not None:
+        lines.append(f"agrees with reference to {decibels(parity['sqnr_db'])} dB on the examples")
+    if seconds:
+        phases = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+        lines.append(f"compiled in {sum(seconds.values()):.1f} s ({phases})")
+    return lines
+
+
+def tables(manifest: Manifest) -> list[Table]:
+    """Inputs, programs, passes, and what runs natively."""
+    return [
+        inputs_table(manifest),
+        programs_table(manifest),
+        passes_table(manifest),
+        native_table(manifest),
+    ]
+
+
+def inputs_table(manifest: Manifest) -> Table:
+    """Every input with its role."""
+    rows = [
+        (".".join(item["path"]), item["role"], shape_text(item["shape"]), item["dtype"])
+        for item in manifest["program"].get("inputs", ())
+    ]
+    return Table("Inputs", ("input", "role", "shape", "dtype"), rows)
+
+
+def shape_text(shape: Sequence[Any]) -> str:
+    """`32 × 3 × 32 × 32`, or `scalar`."""
+    return " × ".join(str(size) for size in shape) or "scalar"
+
+
+def programs_table(manifest: Manifest) -> Table:
+    """Every program in the order of rates."""
+    parts = manifest.get("parts", {}).items()
+    rows = [
+        (
+            name,
+            WHEN.get(part["rate"], part["rate"]),
+            f"{part['nodes']:,}",
+            quantity(part["parameters"]),
+            megabytes(part["weight_bytes"]),
+            gigaflops(part["flops"]),
+        )
+        for name, part in sorted(parts, key=lambda item: RATES.index(item[1]["rate"]))
+    ]
+    return Table("Programs", ("program", "runs", "nodes", "parameters", "MB", "GFLOPs"), rows)
+
+
+def passes_table(manifest: Manifest) -> Table:
+    """What each pass did, and why it left things alone."""
+    columns = ("pass", "options", "numbers", "did", "left alone", "SQNR, dB")
+    rows = [pass_row(record) for record in manifest.get("passes", ())]
+    return without_empty(Table("Passes", columns, rows))
+
+
+def pass_row(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """One pass; reasons of several rules carry the rule's name."""
+    reasons = record.get("reasons", {})
+    several = len(reasons) > 1
+    why = {
+        f"{rule}: {reason}" if several else reason: count
+        for rule, counts in reasons.items()
+        for reason, count in counts.items()
+    }
+    did = [counted(record.get("rewrites", {})).replace("\n", ", "), *record.get("notes", ())]
+    return (
+        record["name"],
+        listed(record.get("options", {})),
+        "exact" if record.get("exact") else "lossy",
+        "\n".join(filter(None, did)) or "nothing",
+        counted(why) or "–",
+        decibels(record.get("sqnr_db")),
+    )
+
+
+def native_table(manifest: Manifest) -> Table:
+    """Which ops of effuse the back end has, and which it only imitates."""
+    rows = sorted(manifest.get("native", {}).items())
+    return Table("Low-bit operations", ("operation", "arithmetic"), rows)
+
+
+def kept_table(manifest: Manifest) -> Table:
+    """The layers left in float, by reason."""
+    kept: dict[str, list[Mapping[str, Any]]] = {}
+    for layer in manifest.get("layers", ()):
+        if layer.get("reason"):
+            kept.setdefault(layer["reason"].partition(":")[0], []).append(layer)
+    rows = [
+        (reason, str(len(layers)), quantity(sum(layer["parameters"] for layer in layers)))
+        for reason, layers in sorted(kept.items(), key=lambda item: -len(item[1]))
+    ]
+    return Table("Layers left in float", ("reason", "layers", "parameters"), rows)
+
+
+def worst_first(manifest: Manifest) -> list[Mapping[str, Any]]:
+    """The layers by SQNR; those that were not measured come last."""
+    last = math.inf
+    measured = (layer.get("sqnr_db") for layer in manifest.get("layers", ()))
+    pairs = zip(measured, manifest.get("layers", ()), strict=True)
+    ordered = sorted(pairs, key=lambda pair: last if pair[0] is None else pair[0])
+    return [layer for _, layer in ordered]
+
+
+def layers_table(manifest: Manifest) -> Table:
+    """Every layer, worst first."""
+    rows = [
+        (
+            layer["name"],
+            layer["op"],
+            layer["format"],
+            quantity(layer["parameters"]),
+            decibels(layer.get("sqnr_db")),
+            layer.get("reason", ""),
+        )
+        for layer in worst_first(manifest)
+    ]
+    columns = ("layer", "op", "format", "parameters", "SQNR, dB", "why not")
+    return without_empty(Table("All layers, worst first", columns, rows))
+
+
+def layers_line(manifest: Manifest) -> str:
+    """How many layers changed, and how good they are."""
+    layers = manifest.get("layers", ())
+    if not layers:
+        return ""
+    formats = Counter(layer["format"] for layer in layers)
+    counts = ", ".join(f"{count} in {name}" for name, count in formats.most_common())
+    ratios = [each["sqnr_db"] for each in layers if each.get("sqnr_db") is not None]
+    quality = (
+        f" Their own outputs keep {min(ratios):.1f} dB at worst, {statistics.median(ratios):.1f} "
+        "dB in the middle (SQNR on calibration's probes, before the choice)."
+        if ratios
+        else ""
+    )
+    return f"{len(layers)} layers: {counts}.{quality}"
+
+
+def plan_table(manifest: Manifest) -> Table:
+    """The plan; equal steps in a row are one row."""
+    program = manifest["program"]
+    plan, times = program.get("plan", {}), program.get("timesteps") or ()
+    default = plan.get("default", "full")
+    steps = plan.get("steps") or [{"variant": default}] * len(times)
+    rows, start = [], 0
+    for key, group in itertools.groupby(steps, key=plan_key):
+        end = start + len(list(group))
+        rows.append((span(range(start, end)), span(times[start:end]), str(end - start), *key))
+        start = end
+    columns = ("step", "timestep", "steps", "runs", "fills", "reads")
+    whole = [("every step", "any", "–", default, "", "")]
+    return without_empty(Table("Plan", columns, rows or whole))
+
+
+def plan_key(step: Mapping[str, Any]) -> tuple[str, str, str]:
+    """What makes two steps equal."""
+    fills, reads = (", ".join(step.get(key, ())) for key in ("fills", "reads"))
+    return step["variant"], fills, reads
+
+
+def span(values: Sequence[float]) -> str:
+    """First and last: `3`, or `3 – 7`."""
+    ends = [f"{values[index]:g}" for index in (0, -1)] if values else ["–"]
+    return " – ".join(dict.fromkeys(ends))
+
+
+def variants(manifest: Manifest) -> list[dict[str, Any]]:
+    """One entry a step for the strip: its text, and its variant's number."""
+    plan = manifest["program"].get("plan", {})
+    steps = plan.get("steps", ())
+    names = list(dict.fromkeys(step["variant"] for step in steps))
+    return [
+        {"text": f"step {index}: {step['variant']}", "color": names.index(step["variant"])}
+        for index, step in enumerate(steps)
+    ]
+
+
+def rate_bars(manifest: Manifest) -> list[dict[str, Any]]:
+    """Shares of the rates in parameters and in operations."""
+    rates = manifest.get("rates", {})
+    bars = [
+        rate_bar(rates, "parameters", "parameters", quantity),
+        rate_bar(rates, "flops", "GFLOPs", gigaflops),
+    ]
+    return [bar for bar in bars if bar["shares"]]
+
+
+def rate_bar(
+    rates: Mapping[str, Mapping[str, int]], key: str, label: str, text: Callable[[float], str]
+) -> dict[str, Any]:
+    """One bar: the rates' figures as text and in percent."""
+    values = {rate: rates.get(rate, {}).get(key, 0) for rate in RATES}
+    whole = sum(values.values())
+    shares = [
+        {"rate": rate, "percent": 100 * value / whole, "text": text(value)}
+        for rate, value in values.items()
+        if value
+    ]
+    return {"label": label, "shares": shares, "whole": text(whole)}
+
+
+def details_tables(manifest: Manifest) -> list[Table]:
+    """Versions and files."""
+    files = [
+        (name, f"{entry['bytes']:,}", entry["sha256"])
+        for name, entry in manifest.get("files", {}).items()
+    ]
+    versions = [(name, str(version)) for name, version in manifest.get("versions", {}).items()]
+    return [
+        Table("Files", ("file", "bytes", "SHA-256"), files),
+        Table("Versions", ("built with", "version"), versions),
+    ]
