@@ -19,7 +19,7 @@ Feed = Callable[[Any], None] | Iterable[Mapping[str, Any]] | None
 
 
 class Recorder:
-    """Watches a reference session: ranges of the floating values that `wanted` names, and probes."""
+    """Watches a reference session: ranges of the values that `wanted` picks, and probes."""
 
     def __init__(self, program: Program, wanted: Callable[[Part, fx.Node], bool], groups: int):
         self.statistics = Statistics(groups)
@@ -67,8 +67,9 @@ class Recorder:
                 "calibration yielded nothing: the network was not called once; hand a run(model) "
                 "that samples with the model it is given, or a non-empty iterable of inputs"
             )
-        step = max(1, len(self.probes) // PROBES)
-        return Calibration(self.statistics, tuple(self.probes[::step][:PROBES]), self.calls)
+        count, last = min(PROBES, len(self.probes)), len(self.probes) - 1
+        chosen = (self.probes[index * last // max(1, count - 1)] for index in range(count))
+        return Calibration(self.statistics, tuple(chosen), self.calls)
 
 
 def calibrate(

@@ -34,7 +34,7 @@ def _argument(value: Any, names: dict[fx.Node, str]) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(_argument(item, names) for item in value)}]"
     if isinstance(value, float):
-        return f"{value:.9g}"
+        return repr(value)  # the shortest text that names this float and no other
     return str(value).removeprefix("torch.")
 
 

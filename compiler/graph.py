@@ -73,6 +73,12 @@ def emit_weight(
     return node
 
 
+def unused_name(weights: Weights, name: str) -> str:
+    """`name`, or the first of `name.1`, `name.2`, … that no weight has yet."""
+    names = (name, *(f"{name}.{number}" for number in range(1, len(weights) + 1)))
+    return next(each for each in names if each not in weights)
+
+
 def substitute(old: fx.Node, new: fx.Node) -> None:
     """Let every user of `old`, the graph's output included, read `new` instead."""
     old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
@@ -149,13 +155,7 @@ def evaluate(
 
     `observe(node, value)` sees every computed value and may return another in its place.
     """
-    last: dict[fx.Node, list[fx.Node]] = {}
-    seen: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        for source in node.all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                last.setdefault(node, []).append(source)
+    last = _last_uses(graph)
     env: dict[fx.Node, Any] = {}
     for node in graph.nodes:
         env[node] = _run(node, env, weights, values)
@@ -165,6 +165,18 @@ def evaluate(
         for source in last.get(node, ()):
             del env[source]
     return tuple(env[graph.output_node()])
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For each node, the values that nothing needs once it has run; its own if nothing reads it."""
+    last: dict[fx.Node, list[fx.Node]] = {}
+    seen = {graph.output_node()}
+    for node in reversed(graph.nodes):
+        for source in (node, *node.all_input_nodes):
+            if source not in seen:
+                seen.add(source)
+                last.setdefault(node, []).append(source)
+    return last
 
 
 def _run(node: fx.Node, env: Any, weights: Weights, values: Mapping[str, Any]) -> Any:

@@ -18,7 +18,7 @@ def sqnr_db(signal: Any, other: Any) -> float:
         return CEILING_DB
     if power == 0 or not np.isfinite(noise):
         return -CEILING_DB
-    return min(CEILING_DB, 10 * float(np.log10(power / noise)))
+    return _bounded(power / noise)
 
 
 def psnr_db(picture: Any, other: Any, peak: float = 2.0) -> float:
@@ -27,4 +27,10 @@ def psnr_db(picture: Any, other: Any, peak: float = 2.0) -> float:
     error = float(np.mean(difference**2))
     if error == 0:
         return CEILING_DB
-    return min(CEILING_DB, 10 * float(np.log10(peak**2 / error)))
+    return _bounded(peak**2 / error) if np.isfinite(error) else -CEILING_DB
+
+
+def _bounded(ratio: float) -> float:
+    if ratio == 0:
+        return -CEILING_DB
+    return max(-CEILING_DB, min(CEILING_DB, 10 * float(np.log10(ratio))))

@@ -74,10 +74,12 @@ def run_pass(program: Program, each: Pass, work: Work, before: list[str]) -> Pro
     if each.exact and error is not None and not _lossy_before(program):
         bound = exact_bound(getattr(torch, result.model["dtype"]))
         if error > bound:
-            raise VerifyError(
+            wrong = VerifyError(
                 f"{each.name} is exact, but moved the output by {error:.1e} relative to eager "
                 f"(bound {bound:.1e}); run `effuse bisect` to find the rewrite"
             )
+            wrong.add_note(f"after the passes: {', '.join(done)}")
+            raise wrong
     return replace(result, records=(*result.records, record(each, work.log, error, ratio)))
 
 

@@ -44,7 +44,7 @@ Emit = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Rule:
-    """`pattern(op, *names)` is rewritten by `rewrite(emit, **bound)` unless `where` gives a reason."""
+    """`pattern(op, *names)` becomes `rewrite(emit, **bound)` unless `where` gives a reason."""
 
     name: str  # a word
     doc: str  # the equation, and its source
@@ -58,7 +58,9 @@ class Ops:
 
     def __getattr__(self, name: str) -> Callable[..., Pat]:
         spaces = (torch.ops.aten, torch.ops.effuse)
-        packet = next(getattr(space, name) for space in spaces if hasattr(space, name))
+        packet = next((getattr(space, name) for space in spaces if hasattr(space, name)), None)
+        if packet is None:
+            raise AttributeError(f"neither aten nor effuse has an op {name!r}")
         return lambda *args: Pat(name, packet, args)
 
 
@@ -78,9 +80,10 @@ def match(pat: Pat, value: Any) -> Match:
 
 def _match(pat: Any, value: Any, bound: dict[str, Any], nodes: list[fx.Node], top: bool) -> str:
     if not isinstance(pat, Pat):
-        return "" if pat == value else f"{value!r} is not {pat!r}"
+        shown = "a computed value" if isinstance(value, fx.Node) else repr(value)
+        return "" if pat == value else f"{shown} is not {pat!r}"
     if pat.target is None:
-        if pat.name in bound and bound[pat.name] is not value:
+        if pat.name in bound and bound[pat.name] != value:
             return f"{pat.name} stands for two different values"
         bound[pat.name] = value
         return ""
@@ -114,9 +117,17 @@ def rewrite(graph: fx.Graph, rules: tuple[Rule, ...], log: Log) -> int:
                 with graph.inserting_before(node):
                     new = rule.rewrite(_emitter(graph, node), **found.bound)
                 substitute(node, new)
+                _erase(graph, found.nodes)
                 count += 1
         eliminate(graph)
     return count
+
+
+def _erase(graph: fx.Graph, matched: tuple[fx.Node, ...]) -> None:
+    """Remove what a rewrite left without users, lest it counts as a user in a later match."""
+    for node in dict.fromkeys(matched):  # users before what they use
+        if not node.users:
+            graph.erase_node(node)
 
 
 def _emitter(graph: fx.Graph, like: fx.Node) -> Emit:

@@ -22,7 +22,11 @@ TORCH_TYPES = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
-    """The nodes in order; arguments refer to earlier nodes by position."""
+    """The nodes in order; arguments refer to earlier nodes by position.
+
+    Raises:
+        ArtifactError: a node calls something outside the allow-list.
+    """
     places = {node: index for index, node in enumerate(graph.nodes)}
     return [
         {
@@ -38,7 +42,11 @@ def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
 def _target_to_json(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
-    return target if isinstance(target, str) else NAMES[target]
+    if isinstance(target, str):
+        return target
+    if target not in NAMES:
+        raise ArtifactError(f"an artifact cannot hold a call of {target!r}")
+    return NAMES[target]
 
 
 def _to_json(value: Any, places: Mapping[fx.Node, int]) -> Any:
@@ -84,9 +92,22 @@ def _target_from_json(name: str) -> Any:
     if space not in SPACES or len(rest) != 2:
         raise ArtifactError(f"the op {name!r} is not one that an artifact may call")
     try:
-        return getattr(getattr(getattr(torch.ops, space), rest[0]), rest[1])
+        op = getattr(getattr(getattr(torch.ops, space), rest[0]), rest[1])
     except AttributeError:
         raise ArtifactError(f"the op {name!r} is unknown here; update torch or effuse") from None
+    if not _is_function(op):
+        raise ArtifactError(f"the op {name!r} is not one that an artifact may call")
+    return op
+
+
+def _is_function(op: Any) -> bool:
+    """An op that gives values and does nothing else: `aten::save` would write a file."""
+    if not isinstance(op, torch._ops.OpOverload):
+        return False
+    schema = op._schema
+    files = any(argument.name == "filename" for argument in schema.arguments)
+    waits = any("Future" in str(argument.type) for argument in schema.arguments)
+    return bool(schema.returns) and not (schema.is_mutable or files or waits)
 
 
 def _from_json(value: Any, made: list[fx.Node]) -> Any:
@@ -105,4 +126,9 @@ def _from_json(value: Any, made: list[fx.Node]) -> Any:
 
 def _torch_value(name: str) -> Any:
     found = getattr(torch, name, None)
-    return found if isinstance(found, TORCH_TYPES) else torch.device(name)
+    if isinstance(found, TORCH_TYPES):
+        return found
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ArtifactError(f"{name!r} is no type, layout or device of torch") from None

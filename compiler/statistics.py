@@ -1,4 +1,4 @@
-"""Mergeable statistics of activations, by group of timesteps; bounded by the graph, not the data."""
+"""Mergeable statistics of activations, by group of timesteps; their size is the graph's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Key = tuple[str, str]  # part, node
 
 @dataclass
 class Ranges:
-    """Least and greatest value of one tensor in each group of timesteps (float64, shape (groups,))."""
+    """Least and greatest value of a tensor in each group of timesteps (float64, (groups,))."""
 
     low: torch.Tensor
     high: torch.Tensor
@@ -25,6 +25,8 @@ class Ranges:
 
     def add(self, group: int, tensor: torch.Tensor) -> None:
         """Take in one tensor of that group."""
+        if tensor.numel() == 0:
+            return
         low, high = tensor.aminmax()
         self.low[group] = min(self.low[group].item(), low.item())
         self.high[group] = max(self.high[group].item(), high.item())
@@ -51,10 +53,20 @@ class Statistics:
         self.ranges.setdefault(key, Ranges.empty(self.groups)).add(group, tensor)
 
     def merge(self, other: Statistics) -> Statistics:
-        """The statistics of both runs together; associative and commutative."""
-        merged = dict(self.ranges)
-        for key, ranges in other.ranges.items():
-            merged[key] = merged[key].merge(ranges) if key in merged else ranges
+        """The statistics of both runs together; associative and commutative.
+
+        Raises:
+            ValueError: the two have different groups.
+        """
+        if self.groups != other.groups:
+            raise ValueError(
+                f"statistics of {self.groups} and of {other.groups} groups do not merge"
+            )
+        nothing = Ranges.empty(self.groups)
+        merged = {
+            key: self.ranges.get(key, nothing).merge(other.ranges.get(key, nothing))
+            for key in self.ranges | other.ranges
+        }
         return Statistics(self.groups, merged)
 
 

@@ -7,7 +7,7 @@ of the dump either side.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import fx
@@ -15,8 +15,9 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from effuse.dump import around, type_text
 from effuse.errors import VerifyError
-from effuse.graph import fake_mode, module_path, recorded, source_line
-from effuse.metrics import sqnr_db
+from effuse.graph import Weights, fake_mode, module_path, outputs, recorded, source_line
+from effuse.metrics import CEILING_DB, sqnr_db
+from effuse.plan import STEP_INPUT, PlanStep, Rate
 from effuse.program import Part, Program, run_program
 from effuse.rates import dependences
 
@@ -26,41 +27,81 @@ SPACES = ("aten", "effuse", "prims")  # where a graph's ops may come from
 def verify(program: Program, after: Iterable[str] = ()) -> None:
     """Raise VerifyError for the first thing that is wrong with any part of the program."""
     passes = tuple(after)
-    names = set(program.sources)
+    known = {item.name for item in program.inputs} | {STEP_INPUT}
+    known |= {slot.name for slot in program.plan.slots}
     for part in program.parts:
-        part.graph.lint()
-        for name in part.inputs:
-            if name not in names:
-                raise VerifyError(f"{part.name} reads {name!r}, which nothing gives")
-        _check_rate(program, part)
         for node in part.graph.nodes:
-            problem = check_node(node, program)
+            problem = check_node(node, program, known)
             if problem:
                 raise describe(node, problem, part.name, passes)
+        if problem := check_part(part, program):
+            raise describe(part.graph.output_node(), problem, part.name, passes)
+        known |= set(part.outputs) if part.rate < Rate.STEP else set()
+    if problem := check_plan(program):
+        raise _noted(VerifyError(f"the plan: {problem}"), passes)
 
 
-def _check_rate(program: Program, part: Part) -> None:
+def check_part(part: Part, program: Program) -> str | None:
+    """What is wrong with a part as a whole, or None."""
+    try:
+        part.graph.lint()
+    except RuntimeError as error:
+        return f"the graph is not well formed: {error}"
+    if len(part.outputs) != len(outputs(part.graph)):
+        return f"{len(part.outputs)} outputs are named, but {len(outputs(part.graph))} returned"
     found = dependences(part.graph, program.sources)[part.graph.output_node()]
     if found | part.depends != part.depends:
-        raise VerifyError(f"{part.name} is declared {part.depends}, but computes from {found}")
+        return f"it is declared {part.depends}, but computes from {found}"
+    return None
 
 
-def check_node(node: fx.Node, program: Program) -> str | None:
-    """What is wrong with one node, or None."""
+def check_plan(program: Program) -> str | None:
+    """What is wrong with the plan, or None: variants exist, slots are filled before a read."""
+    plan, variants = program.plan, {part.name: part for part in program.variants}
+    slots = {slot.name for slot in plan.slots}
+    filled: set[str] = set()
+    for step in (PlanStep(plan.default), *plan.steps):
+        part = variants.get(step.variant)
+        if part is None:
+            return f"no variant is called {step.variant!r}"
+        if missing := set(program.outputs) - set(part.outputs):
+            return f"{part.name} does not give {', '.join(sorted(missing))}"
+        if missing := set(step.fills) - (slots & set(part.outputs)):
+            return f"{part.name} does not fill {', '.join(sorted(missing))}"
+        if missing := (slots & set(part.inputs)) - set(step.reads):
+            return f"{part.name} reads {', '.join(sorted(missing))}, which the plan does not say"
+        if missing := set(step.reads) - filled:
+            return f"{', '.join(sorted(missing))} is read before any step fills it"
+        filled |= set(step.fills)
+    return None
+
+
+def check_node(node: fx.Node, program: Program, known: Collection[str]) -> str | None:
+    """What is wrong with a node of a part that may read the values of `known` names, or None."""
     if node.op == "output":
         return None
+    if node.op not in ("placeholder", "get_attr", "call_function"):
+        return f"a {node.op} is not allowed here"
     if "val" not in node.meta:
         return "it carries no recorded value"
-    if node.op == "get_attr" and str(node.target) not in program.weights:
-        return f"no weight is called {node.target!r}"
-    if node.op != "call_function":
-        return None
+    if node.op == "placeholder":
+        return None if node.target in known else f"nothing before it gives {node.target!r}"
+    if node.op == "get_attr":
+        return check_weight(node, program.weights)
     if isinstance(node.target, torch._ops.OpOverload):
         if node.target.namespace not in SPACES:
             return f"an op of the namespace {node.target.namespace!r} is not allowed here"
         if node.target._schema.is_mutable:
             return "it writes in place"
     return check_type(node)
+
+
+def check_weight(node: fx.Node, weights: Weights) -> str | None:
+    """What is wrong with a node that reads a weight, or None."""
+    if str(node.target) not in weights:
+        return f"no weight is called {node.target!r}"
+    stored, stated = type_text(weights[str(node.target)]), type_text(node.meta["val"])
+    return None if stored == stated else f"it is recorded as {stated}, but stored as {stored}"
 
 
 def check_type(node: fx.Node) -> str | None:
@@ -80,19 +121,25 @@ def describe(node: fx.Node, problem: str, part: str, passes: tuple[str, ...]) ->
     """The error for one node, with all that a person needs to find it."""
     error = VerifyError(f"{part}: {node}: {problem}")
     error.add_note(f"in {module_path(node) or 'the network'}; {source_line(node)}")
+    _noted(error, passes).add_note(around(node))
+    return error
+
+
+def _noted(error: VerifyError, passes: tuple[str, ...]) -> VerifyError:
     error.add_note(f"after the passes: {', '.join(passes) or 'none'}")
-    error.add_note(around(node))
     return error
 
 
 def relative_error(values: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> float:
-    """Greatest difference over greatest magnitude, over all outputs."""
+    """Greatest difference over greatest magnitude, over all outputs; infinite if shapes differ."""
     worst = 0.0
     for one, other in zip(values, expected, strict=True):
+        if one.shape != other.shape or not (one.isfinite().all() and other.isfinite().all()):
+            return math.inf
+        if one.numel() == 0:
+            continue
         scale = other.double().abs().max().item() or 1.0
         worst = max(worst, (one.double() - other.double()).abs().max().item() / scale)
-        if not one.isfinite().all():
-            return math.inf
     return worst
 
 
@@ -102,8 +149,10 @@ def compare(program: Program) -> tuple[float, float] | None:
         return None
     with torch.no_grad():
         found = run_program(program, program.examples)
+    if [type_text(value) for value in found] != [type_text(value) for value in program.expected]:
+        return math.inf, -CEILING_DB
     pairs = zip(found, program.expected, strict=True)
-    ratio = min(sqnr_db(other.float().numpy(), one.float().numpy()) for one, other in pairs)
+    ratio = min(sqnr_db(other.double().numpy(), one.double().numpy()) for one, other in pairs)
     return relative_error(found, program.expected), ratio
 
 

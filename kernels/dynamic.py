@@ -54,8 +54,9 @@ def conv2d_reference(
     sums = torch.nn.functional.conv2d(
         steps, weight.double(), None, stride, padding, dilation, groups
     )
-    y = sums.float() * along(step * scale.float(), 4, 1)
-    return (y if bias is None else y + along(bias.float(), 4, 1)).to(x.dtype)
+    dims = sums.dim()  # 3 without a batch
+    y = sums.float() * along(step * scale.float(), dims, dims - 3)
+    return (y if bias is None else y + along(bias.float(), dims, dims - 3)).to(x.dtype)
 
 
 @torch.library.custom_op("effuse::linear_dynamic", mutates_args=())

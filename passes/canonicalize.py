@@ -17,6 +17,7 @@ from effuse.graph import (
     emit_weight,
     inputs,
     substitute,
+    unused_name,
     value_of,
 )
 from effuse.log import Log
@@ -27,12 +28,15 @@ aten = torch.ops.aten
 
 FOLD_LIMIT = 1 << 16  # elements: a folded constant may be this large, or as large as its inputs
 
-IDENTITIES = (aten.dropout.default, aten.alias.default, aten.detach.default, aten.clone.default,
-              aten.lift_fresh_copy.default, aten.contiguous.default)  # fmt: skip
+DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default,
+            aten.feature_alpha_dropout.default)  # fmt: skip
+LAYOUTS = (aten.clone.default, aten.contiguous.default)  # they change strides alone
+IDENTITIES = (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
+STRIDED = (aten.view_as_complex.default, aten.view.dtype, aten.as_strided.default)  # read strides
 CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default,
          aten.type_as.default)  # fmt: skip
 RESHAPES = (aten.reshape.default, aten.expand.default, aten.slice.Tensor)
-RANDOM = ("rand", "randn", "randint", "bernoulli", "normal", "multinomial", "randperm")
+RANDOM = ("dropout", "rand", "randn", "randint", "bernoulli", "normal", "multinomial", "randperm")
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Canonicalize(Pass):
         """No dropout and no assertion is left."""
         for part in program.parts:
             for node in calls(part.graph):
-                if node.target is aten.dropout.default or "_assert" in str(node.target):
+                if node.target in DROPOUTS or "_assert" in str(node.target):
                     return f"{node} is still there in {part.name}"
         return None
 
@@ -86,7 +90,11 @@ def views(graph: fx.Graph, log: Log) -> None:
 
 
 def identity(node: fx.Node) -> Any:
-    """f(x) -> x where f keeps every value."""
+    """f(x) -> x where f keeps every value, and its strides where a later op reads them."""
+    if node.target in DROPOUTS:  # dropout(x, p, train)
+        return None if node.args[2] else node.args[0]
+    if node.target in LAYOUTS:
+        return None if calls(node.graph, *STRIDED) else node.args[0]
     return node.args[0] if node.target in IDENTITIES else None
 
 
@@ -168,7 +176,7 @@ def merge_duplicates(graph: fx.Graph, log: Log) -> None:
 
 
 def fold_constants(graph: fx.Graph, weights: dict[str, torch.Tensor], log: Log) -> None:
-    """Calls on weights and numbers alone -> a stored tensor, where that does not cost much space."""
+    """Calls on weights and numbers alone -> a stored tensor, where that costs little space."""
     for node in calls(graph):
         sources = node.all_input_nodes
         value = value_of(node)
@@ -185,7 +193,7 @@ def fold_constants(graph: fx.Graph, weights: dict[str, torch.Tensor], log: Log) 
 def _small(value: torch.Tensor, sources: list[fx.Node]) -> bool:
     if not all(isinstance(size, int) for size in value.shape):
         return False
-    given = sum(value_of(source).numel() for source in sources)
+    given: int = sum(value_of(source).numel() for source in sources)
     return value.numel() <= max(FOLD_LIMIT, given)
 
 
@@ -196,7 +204,7 @@ def _fold(graph: fx.Graph, node: fx.Node, weights: dict[str, torch.Tensor]) -> N
     with torch.no_grad():
         args, kwargs = fx.map_arg(node.args, real), fx.map_arg(node.kwargs, real)
         value = node.target(*args, **kwargs)  # type: ignore[operator]
-    name = f"folded.{node.name}"
+    name = unused_name(weights, f"folded.{node.name}")
     with graph.inserting_before(node):
         folded = emit_weight(graph, weights, name, value.contiguous())
     substitute(node, folded)

@@ -1,9 +1,9 @@
 """Quantize: int8 weights per output channel, 8-bit activations per tensor (format w8a8).
 
-Static: x̂ = (clamp(round(x/s)+z) - z)·s with one (s, z) per tensor over the whole trajectory, asymmetric
-uint8, from the least and greatest value that calibration saw (METHODS 0.2). Weights are symmetric,
-restricted to ±127. The bias becomes int32 at the products' scale. A convolution's output is
-quantized too, because integer convolutions write 8 bits; a linear's is not.
+Static: x̂ = (clamp(round(x/s)+z) - z)·s with one (s, z) per tensor over the whole trajectory,
+asymmetric uint8, from the least and greatest value that calibration saw (METHODS 0.2). Weights are
+symmetric, restricted to ±127. The bias becomes int32 at the products' scale. A convolution's output
+is quantized too, because integer convolutions write 8 bits; a linear's is not.
 Dynamic: the activation's range is found at run time, and nothing has to be calibrated.
 The programs that run once a picture keep float activations: int8 storage is all there is to gain.
 
@@ -13,7 +13,7 @@ Every layer is measured on probes of the calibration run before it is chosen.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -27,6 +27,7 @@ from effuse.graph import (
     eliminate,
     emit,
     emit_weight,
+    inputs,
     module_path,
     substitute,
     value_of,
@@ -44,6 +45,11 @@ aten, ops = torch.ops.aten, torch.ops.effuse
 
 SITES = (aten.conv2d.default, aten.linear.default)
 FORMATS = ("w8a8",)
+QUANTIZED = (ops.quantize.default, ops.dequantize.default, ops.linear_dynamic.default,
+             ops.conv2d_dynamic.default)  # fmt: skip
+LEAST_SCALE = 1e-12  # of a channel of zeros
+BIAS_LIMIT = 1 << 30  # of a bias in int32: as much again is left for the sum of the products
+TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class Quantize(Pass):
         """A known format, and no quantization yet."""
         if self.format not in FORMATS:
             return f"format {self.format!r} is not known here (known: {', '.join(FORMATS)})"
-        if any(calls(part.graph, ops.quantize.default) for part in program.parts):
+        if any(calls(part.graph, *QUANTIZED) for part in program.parts):
             return "the program is quantized already"
         return None
 
@@ -95,9 +101,14 @@ class Quantize(Pass):
         calibration: Calibration,
     ) -> tuple[Part, list[Layer]]:  # fmt: skip
         found = sites(part, weights)
-        reasons = {site.name: self.reason(site, part, program) for site in found}
+        seen = {site for site in found if self._seen(site, part, calibration.statistics)}
+        reasons = {
+            site.name: self.reason(site, part, program)
+            or (None if site in seen else "never seen in calibration")
+            for site in found
+        }
         work.progress("measure layers", 0, len(calibration.probes))
-        quality = measure(program, part, self, calibration, work)
+        quality = measure(program, part, self, calibration, work, seen)
         graph, mapping = clone(part.graph)
         writer = Writer(
             graph, weights, part.name, calibration.statistics, self, part.rate < Rate.STEP
@@ -117,6 +128,15 @@ class Quantize(Pass):
             layers.append(layer(site, kind, ratio, reason))
         eliminate(graph)
         return replace(part, graph=graph), layers
+
+    def _seen(self, site: fx.Node, part: Part, statistics: Statistics) -> bool:
+        """Whether calibration has the ranges that the layer needs."""
+        if part.rate < Rate.STEP or self.activations == "dynamic":
+            return True
+        needed = (site, *site.all_input_nodes[:1])  # integer convolutions write 8 bits
+        if site.target is aten.linear.default:
+            needed = needed[1:]
+        return all((part.name, node.name) in statistics.ranges for node in needed)
 
     def reason(self, site: fx.Node, part: Part, program: Program) -> str | None:
         """Why a layer stays in float whatever its numbers, or None."""
@@ -188,20 +208,20 @@ def last_layers(part: Part) -> set[fx.Node]:
 def affine(low: float, high: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale (float32) and zero point (uint8) that cover [low, high] and hold zero exactly."""
     low, high = min(low, 0.0), max(high, 0.0)
-    scale = (high - low) / 255 or 1.0
+    scale = (high - low) / 255
+    scale = scale if scale >= TINY else 1.0  # a subnormal scale would lose its precision
     zero = min(255, max(0, round(-low / scale)))
     return torch.tensor(scale, dtype=torch.float32), torch.tensor(zero, dtype=torch.uint8)
 
 
 def weight_scale(weight: torch.Tensor) -> torch.Tensor:
     """Symmetric scale per output channel: greatest magnitude over 127; (out,), float32."""
-    greatest = weight.float().abs().flatten(1).amax(1)
-    return torch.where(greatest > 0, greatest / 127, torch.ones_like(greatest))
+    return (weight.float().abs().flatten(1).amax(1) / 127).clamp(min=LEAST_SCALE)
 
 
 @dataclass
 class Writer:
-    """Writes quantized layers into one graph; a tensor that several layers read is quantized once."""
+    """Writes quantized layers into one graph; a tensor that several read is quantized once."""
 
     graph: fx.Graph
     weights: dict[str, torch.Tensor]
@@ -238,7 +258,17 @@ class Writer:
         """dequantize(weight), per output channel."""
         zeros = torch.zeros(len(numbers), dtype=torch.int8)
         stored = self._weight(f"zeros.int8.{len(numbers)}", zeros)
-        return self._emit(site, ops.dequantize.default, weight, scale, stored, 0)
+        return self._dequantized(site, weight, scale, stored)
+
+    def _dequantized(self, like: fx.Node, *args: Any) -> fx.Node:
+        """dequantize(…), which is float32, in the type of `like`."""
+        return self._cast(like, self._emit(like, ops.dequantize.default, *args, 0), like)
+
+    def _cast(self, like: fx.Node, node: fx.Node, to: fx.Node | None = None) -> fx.Node:
+        """`node` in the type of `to`, or in float32."""
+        dtype = torch.float32 if to is None else value_of(to).dtype
+        same = value_of(node).dtype == dtype
+        return node if same else self._emit(like, aten.to.dtype, node, dtype)
 
     def _emit(self, like: fx.Node, target: Any, *args: Any) -> fx.Node:
         node: fx.Node = emit(self.graph, target, *args, like=like)
@@ -247,11 +277,16 @@ class Writer:
     def _weight(self, name: str, tensor: torch.Tensor) -> fx.Node:
         return emit_weight(self.graph, self.weights, name, tensor)
 
-    def _stored(self, site: fx.Node) -> tuple[fx.Node, fx.Node, torch.Tensor]:
+    def _stored(
+        self, site: fx.Node, least: torch.Tensor | None = None
+    ) -> tuple[fx.Node, fx.Node, torch.Tensor]:
         """The layer's weight in int8 with its scale, as nodes, and the scale as numbers."""
         name = str(site.args[1].target)  # type: ignore[union-attr]
         weight = self.weights[name]
         scale = weight_scale(weight)
+        if least is not None and (least > scale).any():
+            scale = torch.maximum(scale, least)
+            name = f"{name}.{self.part}.{site.name}"  # another layer may share the weight
         zero = torch.zeros(len(scale), dtype=torch.int8)
         steps = quantize_reference(weight, scale, zero, 0).clamp(min=-127)
         return self._weight(f"{name}.int8", steps), self._weight(f"{name}.scale", scale), scale
@@ -267,7 +302,7 @@ class Writer:
 
     def _static(self, site: fx.Node) -> fx.Node:
         x, step = self._activation(site.args[0])  # type: ignore[arg-type]
-        weight, scale, numbers = self._stored(site)
+        weight, scale, numbers = self._stored(site, self._least_scale(site, step))
         real = self._real(site, weight, scale, numbers)
         bias = self._bias(site, step * numbers)
         new = self._emit(site, site.target, x, real, bias, *site.args[3:])
@@ -280,7 +315,8 @@ class Writer:
     def _activation(self, source: fx.Node) -> tuple[fx.Node, torch.Tensor]:
         """The dequantized input of a layer, and its scale."""
         if source not in self._pairs:
-            with self.graph.inserting_after(source):
+            last = inputs(self.graph)[-1] if source.op == "placeholder" else source
+            with self.graph.inserting_after(last):
                 anchor = self.graph.create_node("call_function", _nothing)
             with self.graph.inserting_before(anchor):
                 self._pairs[source] = self._pair(source, source)
@@ -292,27 +328,36 @@ class Writer:
         scale, zero = affine(*self.statistics.ranges[self.part, measured.name].overall)
         name = f"range.{self.part}.{measured.name}"
         at = (self._weight(f"{name}.scale", scale), self._weight(f"{name}.zero", zero))
-        steps = self._emit(measured, ops.quantize.default, node, *at, 0)
-        return self._emit(measured, ops.dequantize.default, steps, *at, 0), scale
+        steps = self._emit(measured, ops.quantize.default, self._cast(measured, node), *at, 0)
+        return self._dequantized(measured, steps, *at), scale
 
     def _bias(self, site: fx.Node, scale: torch.Tensor) -> fx.Node | None:
         """The bias in int32 at the scale of the products, as the integer kernels add it."""
-        node = site.args[2] if len(site.args) > 2 else None
-        if not isinstance(node, fx.Node):
-            return node if isinstance(node, fx.Node) else None
+        node = _bias_of(site)
+        if node is None or node.op != "get_attr":
+            return node
         name = f"{node.target}.{self.part}.{site.name}"
         steps = torch.round(self.weights[str(node.target)].double() / scale.double())
-        limits = torch.iinfo(torch.int32)
-        stored = steps.clamp(limits.min, limits.max).to(torch.int32)
+        stored = steps.clamp(-BIAS_LIMIT, BIAS_LIMIT).to(torch.int32)
         zeros = torch.zeros(len(scale), dtype=torch.int32)
-        return self._emit(
+        return self._dequantized(
             site,
-            ops.dequantize.default,
             self._weight(f"{name}.int32", stored),
             self._weight(f"{name}.scale", scale),
             self._weight(f"zeros.int32.{len(scale)}", zeros),
-            0,
         )
+
+    def _least_scale(self, site: fx.Node, step: torch.Tensor) -> torch.Tensor | None:
+        """The least weight scales with which the bias fits at the products' scale; None without."""
+        node = _bias_of(site)
+        if node is None or node.op != "get_attr":
+            return None
+        return self.weights[str(node.target)].float().abs() / (step * BIAS_LIMIT)
+
+
+def _bias_of(site: fx.Node) -> fx.Node | None:
+    node = site.args[2] if len(site.args) > 2 else None
+    return node if isinstance(node, fx.Node) else None
 
 
 def _nothing() -> None:
@@ -322,14 +367,20 @@ def _nothing() -> None:
 def conv_options(rest: Iterable[Any]) -> tuple[list[int], list[int], list[int], int]:
     """Stride, padding, dilation and groups with their defaults filled in."""
     given = tuple(rest)
-    stride, padding, dilation, groups = (*given, *([1, 1], [0, 0], [1, 1], 1)[len(given) :])
+    defaults: tuple[Any, ...] = ([1, 1], [0, 0], [1, 1], 1)
+    stride, padding, dilation, groups = given + defaults[len(given) :]
     return stride, padding, dilation, groups
 
 
 def measure(
-    program: Program, part: Part, options: Quantize, calibration: Calibration, work: Work
+    program: Program,
+    part: Part,
+    options: Quantize,
+    calibration: Calibration,
+    work: Work,
+    layers: Collection[fx.Node],
 ) -> dict[str, float]:
-    """Each layer's SQNR (dB): its 8-bit twin against itself, on the same float inputs.
+    """SQNR (dB) of each of `layers`: its 8-bit twin against itself, on the same float inputs.
 
     The twins stand beside the layers in a copy of the graph and feed nothing.
     """
@@ -338,7 +389,8 @@ def measure(
     writer = Writer(
         graph, weights, part.name, calibration.statistics, options, part.rate < Rate.STEP
     )
-    twins = {writer.quantized(mapping[site]): mapping[site] for site in sites(part, weights)}
+    chosen = [site for site in sites(part, weights) if site in layers]
+    twins = {writer.quantized(mapping[site]): mapping[site] for site in chosen}
     wanted = set(twins.values())
     truth: dict[fx.Node, torch.Tensor] = {}
     power: dict[str, list[float]] = {}
