@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from effuse import report as module
 from effuse.errors import ArtifactError, MissingExtra
 from effuse.evaluate import Evaluation, Run
 from effuse.report import Report, write_html
+from effuse.report_pictures import difference
 
 NASTY = '<script>alert("x")</script> & [bold]a cat[/bold]'
 CHROMIUM = (
@@ -218,10 +218,10 @@ def test_hardly_anything_has_to_be_there(tmp_path):
 
 def test_differences_are_amplified_and_black_where_equal():
     one, other = np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 5, np.uint8)
-    assert module.difference(other, one).tolist() == module.difference(one, other).tolist()
-    assert module.difference(one, other).max() == 40
-    assert module.difference(one, one).max() == 0
-    assert module.difference(one, other + 90).max() == 255
+    assert difference(other, one).tolist() == difference(one, other).tolist()
+    assert difference(one, other).max() == 40
+    assert difference(one, one).max() == 0
+    assert difference(one, other + 90).max() == 255
 
 
 def test_large_pictures_are_shown_smaller_and_said_so(tmp_path):
