@@ -64,13 +64,13 @@ def save(folder: Path, target: str | os.PathLike[str]) -> Path:
         ArtifactError: the target cannot be written, or is something else than an artifact.
     """
     goal = Path(target)
-    _check_target(goal)
+    check_target(goal)
     try:
         with _staging(goal) as staged:
             if goal.suffix == ".zip":
                 _zip(folder, staged)
             else:
-                shutil.copytree(folder, staged)
+                _copy(folder, staged)
             _swap(staged, goal)
     except OSError as error:
         raise ArtifactError(
@@ -80,9 +80,16 @@ def save(folder: Path, target: str | os.PathLike[str]) -> Path:
     return goal
 
 
-def _check_target(goal: Path) -> None:
+def check_target(goal: Path) -> None:
+    """Refuse a place that an artifact cannot be written to; good to know before compiling.
+
+    Raises:
+        ArtifactError: its folder is missing or may not be written, or something else is there.
+    """
     if not goal.parent.is_dir():
         raise ArtifactError(f"{goal}: the folder {str(goal.parent)!r} does not exist; create it first")
+    if not os.access(goal.parent, os.W_OK):
+        raise ArtifactError(f"{goal}: no permission to write into {str(goal.parent)!r}")
     if goal.is_dir() and any(goal.iterdir()) and not (goal / MANIFEST).is_file():
         raise ArtifactError(f"{goal}: a folder that is no artifact is there; choose another path")
     if goal.is_file() and not zipfile.is_zipfile(goal):
@@ -109,6 +116,13 @@ def _swap(staged: Path, goal: Path) -> None:
         if old.exists():
             old.rename(goal)
         raise
+
+
+def _copy(folder: Path, target: Path) -> None:
+    """With the permissions of new files: those of a temporary folder shut everybody else out."""
+    target.mkdir()
+    for path in folder.iterdir():
+        shutil.copyfile(path, target / path.name)
 
 
 def _zip(folder: Path, target: Path) -> None:

@@ -1,0 +1,36 @@
+"""The console script `effuse`: signals and missing libraries here, the verbs in `cli_app`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+from effuse.errors import MissingExtra, require
+
+SIGNALLED = 128  # a shell's exit code of a process that a signal ended, plus the signal
+
+
+def main() -> None:
+    """Run the command line; exits with 0, 1 (an error), 2 (wrong usage), 130 or 143 (a signal)."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        for library in ("typer", "rich"):
+            require(library)
+        from effuse.cli_app import app
+
+        app()
+    except MissingExtra as error:
+        sys.exit(f"effuse: {error}")
+    except KeyboardInterrupt:
+        sys.exit(SIGNALLED + signal.SIGINT)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    """End by an exception, so that temporary files are removed on the way out."""
+    raise SystemExit(SIGNALLED + number)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""The verbs that start from a network, with their help; the work is loaded when it is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from effuse.cli_options import (
+    ConfigName,
+    Json,
+    Model,
+    Output,
+    Page,
+    Roles,
+    SchedulerFolder,
+    Steps,
+    Times,
+)
+from effuse.cli_text import numbers, ranges, values
+from effuse.cli_text import pairs as texts
+
+
+def compile_(
+    model: Model,
+    config: ConfigName = "exact",
+    output: Output = None,
+    steps: Steps = None,
+    scheduler: SchedulerFolder = None,
+    timesteps: Times = None,
+    backend: Annotated[str | None, typer.Option(help="auto, onnx or reference.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Batch of the example inputs.")] = None,
+    dynamic: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=LOW:HIGH", help="Leave a size open.")
+    ] = None,
+    role: Roles = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done.")] = False,
+    report: Page = None,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")] = False,
+) -> None:
+    """Compile a network into an artifact.
+
+    The artifact is a folder or zip that a device runs with numpy and onnxruntime, without torch.
+    With --steps the timesteps are those of the scheduler in MODEL/scheduler, or of --scheduler;
+    what depends on the timestep only is then computed at build time.
+
+    \b
+    Examples:
+      effuse compile unet/ -o unet.effuse
+      effuse compile unet/ -c w8a8 --steps 50 -o unet.zip --report unet.html
+      effuse compile unet/ -c mine.toml --dynamic batch=1:8 --dry-run
+    """
+    from effuse import cli_build
+
+    if output is None and not dry_run:
+        raise typer.BadParameter("say where to write: -o OUT (or try --dry-run)")
+    request = _request(model, config, steps, scheduler, timesteps, role, backend=backend,
+                       batch=batch, dynamic=ranges(dynamic or (), "--dynamic"))  # fmt: skip
+    if dry_run or output is None:
+        cli_build.dry_run(request, output, report)
+    else:
+        cli_build.compile_to(request, output, report, quiet)
+
+
+def _request(
+    model: str, config: str, steps: int | None, scheduler: Path | None, timesteps: str | None,
+    role: list[str] | None, **rest: Any,
+) -> Any:  # fmt: skip
+    """What compile and bisect have in common."""
+    from effuse.cli_build import Request
+
+    if timesteps is not None and (steps is not None or scheduler is not None):
+        raise typer.BadParameter("--timesteps says it all: leave out --steps and --scheduler")
+    times = None if timesteps is None else numbers(timesteps, "--timesteps")
+    roles = texts(role or (), "--role")
+    return Request(model, config, steps, scheduler, times, roles=roles, **rest)
+
+
+def inspect(
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="A folder, class, JSON file or artifact.")
+    ],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change its config.")
+    ] = None,
+    role: Roles = None,
+    as_json: Json = False,
+) -> None:
+    """Show how much of a network changes how often.
+
+    Weights and FLOPs at each rate, and the inputs with their roles. No weights are needed: the
+    target is a folder from save_pretrained, a class of diffusers, a JSON file with a class and its
+    settings, or a compiled artifact.
+
+    \b
+    Examples:
+      effuse inspect unet/
+      effuse inspect diffusers.FluxTransformer2DModel --set num_layers=2
+      effuse inspect examples/configs/sdxl.json --json
+    """
+    from effuse.cli_tables import look
+
+    look(target, values(settings or (), "--set"), texts(role or (), "--role"), as_json)
+
+
+def dump(
+    target: Annotated[
+        str, typer.Argument(metavar="ARTIFACT|MODEL", help="An artifact, or what inspect takes.")
+    ],
+    part: Annotated[str | None, typer.Option(help="One part only, for instance full.")] = None,
+) -> None:
+    """Print the graphs as text.
+
+    An artifact's, or those of a network as captured; one line a node, with its type and shape.
+
+    \b
+    Examples:
+      effuse dump unet.effuse --part full
+      effuse dump unet/ > before.txt
+    """
+    from effuse.cli_diff import graph_text, one_part
+    from effuse.cli_tables import is_artifact
+
+    if is_artifact(target):
+        text = graph_text(target)
+    else:
+        from effuse.cli_build import network_text
+
+        text = network_text(target)
+    typer.echo(text if part is None else one_part(text, part), nl=False)
+
+
+def bisect(
+    model: Model,
+    min_db: Annotated[float, typer.Option(help="The least SQNR (dB) that is good enough.")],
+    config: ConfigName = "exact",
+    steps: Steps = None,
+    scheduler: SchedulerFolder = None,
+    timesteps: Times = None,
+    role: Roles = None,
+) -> None:
+    """Find the first rewrite that costs too much accuracy.
+
+    It is the one that takes the output under --min-db dB (SQNR) of the original's. The passes run
+    again and again with fewer rewrites allowed, and each result is compared with eager PyTorch on
+    the example inputs.
+
+    \b
+    Example:
+      effuse bisect unet/ -c w8a8 --steps 50 --min-db 30
+    """
+    from effuse.cli_bisect import hunt
+
+    hunt(_request(model, config, steps, scheduler, timesteps, role), min_db)
