@@ -15,10 +15,10 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from effuse.errors import CaptureError, InputError, nearest
-from effuse.graph import eliminate, set_outputs
-from effuse.plan import ROLE_DEPENDS, Dim, Input, Role
+from effuse.graph import calls, eliminate, set_outputs, source_line
+from effuse.plan import ROLE_DEPENDS, STEP_INPUT, Dim, Input, Role
 from effuse.program import Part, Program
-from effuse.rates import dependences
+from effuse.rates import dependences, random
 from effuse.roles import infer_roles
 
 WEIGHT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -52,18 +52,23 @@ def capture(
     `{"batch": (1, 8), "height": (32, 128), "width": (32, 128)}`.
 
     Raises:
-        CaptureError: the network is in train mode, holds NaN, or has control flow that depends on
-            data; the message says where in the user's source.
-        InputError: `inputs` do not fit forward's signature.
+        CaptureError: the network is in train mode, holds NaN, draws random numbers, changes its own
+            buffers, or has control flow that depends on data; the message says where in the user's
+            source.
+        InputError: `inputs` do not fit forward's signature, or the timestep is not of `timesteps`.
     """
     check_model(model)
     parameters = check_signature(model, inputs)
+    inputs = copied(inputs)  # forward may write into them, and the caller afterwards
     leaves, constants = flatten_inputs(inputs)
     found = infer_roles({leaf.label: leaf.tensor.dim() for leaf in leaves}, roles)
+    check_timesteps(leaves, found, timesteps)
     shapes = dynamic_shapes(inputs, leaves, found, dynamic or {})
     exported = export(model, inputs, shapes)
     graph, weights, names = unlift(exported, [leaf.path for leaf in leaves])
+    check_random(graph)
     symbols = symbol_names(leaves, names, graph, found, dynamic or {})
+    check_ranges(exported, symbols, dynamic or {})
     expected, result = expected_outputs(model, inputs, exported)
     described = tuple(
         Input(
@@ -123,11 +128,16 @@ def check_model(model: nn.Module) -> None:
         raise CaptureError(
             f"{training} is in train mode, and dropout would be captured; call .eval()"
         )
+    parameters = dict(model.named_parameters())
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
+        if not tensor.is_floating_point() or tensor.is_meta:
+            continue
+        # a buffer may hold -inf on purpose: attention masks do
+        damaged = not tensor.isfinite().all() if name in parameters else tensor.isnan().any()
+        if damaged:
             raise CaptureError(
-                f"the weight {name!r} holds NaN or infinite values; load the weights again, or find "
-                "out where the training diverged"
+                f"the weight {name!r} holds NaN or infinite values; load the weights again, or "
+                "find out where the training diverged"
             )
 
 
@@ -153,6 +163,27 @@ def check_signature(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[str, .
     return names
 
 
+def copied(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with a copy of every tensor."""
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), dict(inputs))  # type: ignore[no-any-return]
+
+
+def check_timesteps(
+    leaves: list[Leaf], roles: Mapping[str, Role], timesteps: tuple[float, ...] | None
+) -> None:
+    """Refuse an example timestep that the schedule does not have."""
+    for leaf in leaves:
+        if timesteps is None or roles[leaf.label] is not Role.TIMESTEP or leaf.tensor.is_meta:
+            continue
+        for time in map(float, leaf.tensor.flatten().tolist()):
+            if time not in timesteps:
+                close = min(timesteps, key=lambda known: abs(known - time))
+                raise InputError(
+                    f"{leaf.label}: {time:g} is not one of the {len(timesteps)} timesteps of the "
+                    f"schedule (nearest: {close:g}); give an example with one of them"
+                )
+
+
 def flatten_inputs(inputs: Mapping[str, Any]) -> tuple[list[Leaf], dict[str, Any]]:
     """The tensors among the arguments with their paths, and the arguments that hold none."""
     leaves: list[Leaf] = []
@@ -168,6 +199,10 @@ def flatten_inputs(inputs: Mapping[str, Any]) -> tuple[list[Leaf], dict[str, Any
             constants[name] = value
     if not leaves:
         raise InputError("inputs: no tensor among the example inputs; give at least the latent")
+    names = [STEP_INPUT, *("_".join(leaf.path) for leaf in leaves)]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"inputs: the name {twice!r} stands for two values; rename one of them")
     return leaves, constants
 
 
@@ -189,6 +224,9 @@ def dynamic_shapes(
     if not dynamic:
         return None
     axes = {leaf.label: symbolic_axes(leaf, roles, leaves, dynamic) for leaf in leaves}
+    for leaf in leaves:
+        for axis, word in axes[leaf.label].items():
+            check_example_size(leaf.label, word, leaf.tensor.shape[axis], dynamic[word])
 
     def dims(name: str, path: Any, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -201,6 +239,18 @@ def dynamic_shapes(
         name: pytree.tree_map_with_path(lambda path, leaf, name=name: dims(name, path, leaf), value)
         for name, value in inputs.items()
     }
+
+
+def check_example_size(label: str, word: str, size: int, bounds: tuple[int, int]) -> None:
+    """Refuse an example from which an open size cannot be told: 1, or one out of bounds."""
+    low, high = bounds
+    if not low <= size <= high:
+        raise InputError(f"dynamic: {word!r} is {low} to {high}, but {size} in the example {label}")
+    if size == 1 and high > 1:
+        raise InputError(
+            f"dynamic: {word!r} is 1 in the example {label}, and torch.export takes a size of 1 "
+            "for fixed; give an example of at least 2"
+        )
 
 
 def symbolic_axes(
@@ -234,7 +284,40 @@ def export(
         isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
         for node in exported.graph.nodes
     )
-    return exported.run_decompositions({}) if mutates else exported
+    exported = exported.run_decompositions({}) if mutates else exported
+    for spec in exported.graph_signature.output_specs:
+        if spec.kind is OutputKind.BUFFER_MUTATION:
+            raise CaptureError(
+                f"forward writes into the buffer {spec.target!r}, so its result would depend on "
+                "the calls before; make that an input and an output, or leave the update out"
+            )
+    return exported
+
+
+def check_random(graph: fx.Graph) -> None:
+    """Refuse random numbers drawn in forward: no two calls of such a network agree."""
+    drawn = next((node for node in calls(graph) if random(node)), None)
+    if drawn is not None:
+        raise CaptureError(
+            f"forward draws random numbers ({drawn.target}) at {source_line(drawn)}\n"
+            "  way out: make the noise an input of forward; dropout needs .eval()"
+        )
+
+
+def check_ranges(
+    exported: ExportedProgram, symbols: Mapping[str, str], dynamic: Mapping[str, tuple[int, int]]
+) -> None:
+    """Refuse a size whose graph holds for a part of its bounds only: forward branches on it."""
+    for symbol, found in exported.range_constraints.items():
+        word = symbols.get(str(symbol))
+        if word is None:
+            continue
+        low, high = dynamic[word]
+        if found.lower > max(low, 2) or found.upper < high:
+            raise CaptureError(
+                f"dynamic: the network takes another path outside {word!r} from {found.lower} to "
+                f"{found.upper}; ask for that, and compile another artifact for the rest"
+            )
 
 
 def explain(error: Exception) -> str:
@@ -255,7 +338,7 @@ def explain(error: Exception) -> str:
         "a branch there depends on the data of a tensor: compute both sides and choose with "
         "torch.where, or take the decision outside the network"
         if data
-        else "run the network once in eager mode with these inputs; if that works, simplify the line"
+        else "run the network in eager mode with these inputs; if that works, simplify the line"
     )
     first = next((line.strip() for line in text.splitlines() if line.strip()), "no message")
     return f"capture failed at {where}: {type(error).__name__}: {first[:300]}\n  way out: {remedy}"
@@ -264,7 +347,7 @@ def explain(error: Exception) -> str:
 def unlift(
     exported: ExportedProgram, paths: list[tuple[str, ...]]
 ) -> tuple[fx.Graph, dict[str, torch.Tensor], list[str]]:
-    """The exported graph with weights as `get_attr` nodes, only tensor inputs, user outputs only."""
+    """The exported graph with weights as `get_attr` nodes, tensor inputs and user outputs only."""
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     signature = exported.graph_signature
@@ -294,7 +377,7 @@ def unlift(
     kept = [
         mapping[arg]
         for arg, spec in zip(
-            exported.graph.output_node().args[0],  # type: ignore[arg-type]
+            exported.graph.output_node().args[0],
             signature.output_specs,
             strict=True,
         )
@@ -309,9 +392,14 @@ def sizes(graph: fx.Graph, name: str, symbols: Mapping[str, str]) -> tuple[Dim, 
     """The shape of an input, symbolic sizes by their names."""
     node = next(n for n in graph.nodes if n.op == "placeholder" and n.target == name)
     return tuple(
-        size if isinstance(size, int) else symbols.get(str(size), str(size))
+        int(size) if is_fixed(size) else symbols.get(str(size), str(size))
         for size in node.meta["val"].shape
     )
+
+
+def is_fixed(size: int | torch.SymInt) -> bool:
+    """Whether a size is a number, a symbol that the network has forced to one value included."""
+    return str(size).isdigit()
 
 
 def symbol_names(
@@ -327,7 +415,7 @@ def symbol_names(
     for leaf, name in zip(leaves, names, strict=True):
         for axis, word in symbolic_axes(leaf, roles, leaves, dynamic).items():
             size = places[name].meta["val"].shape[axis]
-            if not isinstance(size, int):
+            if not is_fixed(size):
                 found.setdefault(str(size), word)
     for word in dynamic:
         if word not in found.values():
@@ -350,7 +438,7 @@ def expected_outputs(
     if any(t.is_meta for t in pytree.tree_leaves(dict(inputs)) if isinstance(t, torch.Tensor)):
         return (), nested
     with torch.no_grad():
-        flat = pytree.tree_leaves(model(**inputs))
+        flat = pytree.tree_leaves(model(**copied(inputs)))
     return tuple(value for value in flat if isinstance(value, torch.Tensor)), nested
 
 

@@ -19,9 +19,19 @@ SHAPE_READS = (
     torch.ops.aten.sym_stride.int,
 )
 
+RANDOM = ("rand", "bernoulli", "normal_", "aten.normal.", "multinomial", "exponential")
+DROPOUT = (torch.ops.aten.dropout.default, torch.ops.aten.native_dropout.default)
+
+
+def random(node: fx.Node) -> bool:
+    """Whether a call gives other values each time that it runs."""
+    if node.target in DROPOUT:  # dropout(x, p, train)
+        return bool(node.args[1]) and bool(node.args[2])
+    return any(word in str(node.target) for word in RANDOM)
+
 
 def dependences(graph: fx.Graph, sources: Mapping[str, Depends]) -> dict[fx.Node, Depends]:
-    """For each node, the kinds of input that it is computed from; `sources` says it of the inputs."""
+    """For each node, the kinds of input it is computed from; `sources` says it of the inputs."""
     found: dict[fx.Node, Depends] = {}
     for node in graph.nodes:
         depends = Depends.NOTHING

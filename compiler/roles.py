@@ -19,7 +19,8 @@ def infer_roles(
     """Roles for inputs given as label -> number of dimensions, in forward's order.
 
     Raises:
-        ConfigError: an override names an input or a role that does not exist.
+        ConfigError: an override names an input or a role that does not exist, or no input is left
+            to be the latent.
     """
     chosen = {label: _parse(label, role, shapes) for label, role in (overrides or {}).items()}
     roles: dict[str, Role] = {}
@@ -36,6 +37,11 @@ def infer_roles(
     free = [label for label, role in roles.items() if role is Role.PROMPT and label not in chosen]
     if Role.LATENT not in roles.values() and free:
         roles[free[0]] = Role.LATENT
+    if Role.LATENT not in roles.values():
+        raise ConfigError(
+            f"roles: none of {', '.join(map(repr, roles))} is the latent; name the input that "
+            "changes every step: roles={'…': 'latent'}"
+        )
     return roles
 
 

@@ -8,7 +8,7 @@ cache (METHODS 1.3); here they follow from dataflow, with no code per network.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from effuse.graph import (
+    calls,
     drop_unused_inputs,
     eliminate,
     emit,
@@ -33,6 +34,7 @@ from effuse.passes.base import Pass, Work
 from effuse.plan import STEP_INPUT, Depends, Rate, Role
 from effuse.program import Part, Program, prune_weights
 from effuse.rates import dependences
+from effuse.verify import exact_bound, relative_error
 
 aten = torch.ops.aten
 
@@ -41,7 +43,7 @@ NAMES = {
     Depends.PROMPT: "prompt",
     Depends.TIMESTEP | Depends.PROMPT: "conditioning",
 }
-# Ops that only repeat what they read: the small value crosses the boundary, the copy is made beyond.
+# Ops that only repeat what they read: the small value crosses the boundary, the copy is made there.
 ENLARGING = (aten.expand.default, aten.repeat.default, aten.repeat_interleave.self_int)
 
 
@@ -68,7 +70,7 @@ class Hoist(Pass):
         for part in program.variants:
             found = dependences(part.graph, program.sources)
             for node, depends in found.items():
-                slow = node.op == "call_function" and Depends.NOTHING != depends
+                slow = node.op == "call_function" and depends != Depends.NOTHING
                 if slow and depends.rate < Rate.STEP and not _copies(node):
                     return f"{node} changes at {depends.rate.name.lower()} rate in {part.name}"
         return None
@@ -167,7 +169,25 @@ def extract(
         if node in own and node not in mapping:
             mapping[node] = part.node_copy(node, mapping.__getitem__)
     set_outputs(part, (mapping[node] for node in roots))
+    sizes_from_slow_inputs(part, {mapping[node]: depends[node].rate for node in own | handed})
     return part
+
+
+def sizes_from_slow_inputs(part: fx.Graph, rates: Mapping[fx.Node, Rate]) -> None:
+    """A size -> read from the slowest input that has it: a part reruns when its inputs change."""
+    places = {
+        str(size): (node, axis)
+        for node in sorted(inputs(part), key=rates.__getitem__, reverse=True)
+        for axis, size in enumerate(value_of(node).shape)
+    }
+    for node in calls(part, aten.sym_size.int):
+        source: Any = node.args[0]
+        known = places.get(str(value_of(node)))
+        if known and rates[known[0]] < rates[source]:
+            with part.inserting_before(node):
+                substitute(node, emit(part, aten.sym_size.int, *known, like=node))
+    eliminate(part)
+    drop_unused_inputs(part)
 
 
 def tabulate(program: Program, work: Work) -> Program:
@@ -200,7 +220,7 @@ def tabulate(program: Program, work: Work) -> Program:
 
 
 def compact(program: Program, schedule: Part) -> dict[str, torch.Tensor] | str:
-    """Each value of the schedule over all timesteps, shape (timesteps, …), or why that is not to be.
+    """Each value of the schedule over all timesteps, shape (timesteps, …), or why it cannot be.
 
     A size that only repeats one row (the batch) is stored once. Open sizes must be of that kind,
     which is checked at two sizes.
@@ -209,14 +229,14 @@ def compact(program: Program, schedule: Part) -> dict[str, torch.Tensor] | str:
     places = dict(zip(schedule.outputs, outputs(schedule.graph), strict=True))
     tables = {}
     for name, value in found.items():
+        sizes = value_of(places[name]).shape
+        open_axes = {axis for axis, size in enumerate(sizes, start=1) if not isinstance(size, int)}
         for axis in range(1, value.dim()):
             first = value.narrow(axis, 0, 1)
-            if value.shape[axis] > 1 and torch.equal(first.expand_as(value), value):
+            same = _agree if axis in open_axes else torch.equal
+            if value.shape[axis] > 1 and same(first.expand_as(value), value):
                 value = first
-        open_axes = [
-            a for a, s in enumerate(value_of(places[name]).shape) if not isinstance(s, int)
-        ]
-        if any(value.shape[axis + 1] != 1 for axis in open_axes):
+        if any(value.shape[axis] != 1 for axis in open_axes):
             return f"{name} depends on a size that is left open"
         tables[name] = value.contiguous().clone()
     if program.symbolic:
@@ -224,9 +244,16 @@ def compact(program: Program, schedule: Part) -> dict[str, torch.Tensor] | str:
             table = tables[name]
             for axis in range(1, table.dim()):
                 other = other.narrow(axis, 0, table.shape[axis])
-            if not torch.equal(other, table):
+            if not _agree(other, table):
                 return f"{name} changes with a size that is left open"
     return tables
+
+
+def _agree(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal up to rounding: a matrix product adds in another order for another batch."""
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    return relative_error([one], [other]) <= exact_bound(one.dtype)
 
 
 def rows(program: Program, schedule: Part, grow: int) -> list[torch.Tensor]:
@@ -284,4 +311,5 @@ def _size(graph: fx.Graph, size: Any) -> Any:
 
 
 def _first_call(graph: fx.Graph) -> fx.Node:
-    return next(node for node in graph.nodes if node.op != "placeholder")
+    node: fx.Node = next(node for node in graph.nodes if node.op != "placeholder")
+    return node
