@@ -7,11 +7,13 @@ carries its recorded fake value in `meta["val"]`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 Weights = Mapping[str, torch.Tensor]
@@ -26,6 +28,16 @@ def fake_mode(graph: fx.Graph) -> FakeTensorMode:
         if isinstance(value := node.meta.get("val"), FakeTensor):
             return value.fake_mode
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def typing(graph: fx.Graph) -> Iterator[None]:
+    """Where a call on recorded values gives the shape and dtype of its result.
+
+    The Python dispatcher keeps open sizes open in ops that torch implements by parts (upsampling).
+    """
+    with fake_mode(graph), enable_python_dispatcher(), torch.no_grad():
+        yield
 
 
 def value_of(node: fx.Node) -> Any:
@@ -45,9 +57,10 @@ def emit(
 
     `like` hands its module path and source line on to the new node.
     """
+    with typing(graph):
+        value = target(*recorded(args), **recorded(kwargs))
     node = graph.call_function(target, args, kwargs)
-    with fake_mode(graph), torch.no_grad():
-        node.meta["val"] = target(*recorded(args), **recorded(kwargs))
+    node.meta["val"] = value
     for key in INHERITED:
         if like is not None and key in like.meta:
             node.meta[key] = like.meta[key]

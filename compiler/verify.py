@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from effuse.dump import around, type_text
 from effuse.errors import VerifyError
-from effuse.graph import Weights, fake_mode, module_path, outputs, recorded, source_line
+from effuse.graph import Weights, module_path, outputs, recorded, source_line, typing
 from effuse.metrics import CEILING_DB, sqnr_db
 from effuse.plan import STEP_INPUT, PlanStep, Rate
 from effuse.program import Part, Program, run_program
@@ -107,7 +107,7 @@ def check_weight(node: fx.Node, weights: Weights) -> str | None:
 def check_type(node: fx.Node) -> str | None:
     """Re-derive the node's shape and dtype from its inputs' recorded values."""
     try:
-        with fake_mode(node.graph), torch.no_grad():
+        with typing(node.graph):
             value = node.target(*recorded(node.args), **recorded(node.kwargs))  # type: ignore[operator]
     except GuardOnDataDependentSymNode:
         return None

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from effuse.backends.reference import session
 from effuse.capture import capture
-from effuse.errors import CaptureError, ConfigError, InputError, VerifyError
+from effuse.errors import CaptureError, ConfigError, InputError
 from effuse.examples import derive_inputs
 from effuse.pass_manager import run_passes
 from effuse.passes import Canonicalize, Hoist
@@ -326,15 +326,6 @@ def test_open_sizes_are_captured_once(name: str) -> None:
         assert torch.equal(found[0], eager(build(name), inputs)[0])
 
 
-UPSAMPLE = pytest.mark.xfail(
-    strict=True,
-    raises=VerifyError,
-    reason="verify.check_type re-derives upsample_nearest2d.vec without the Python dispatcher, by "
-    "which the op's C++ decomposition fixes every open size to the example's",
-)
-
-
-@UPSAMPLE
 @pytest.mark.parametrize("name", ["hand-unet", "sd15"])
 def test_tables_do_not_depend_on_the_open_sizes(name: str) -> None:
     times = (999.0, 500.0, 1.0)
@@ -370,7 +361,6 @@ def test_tables_where_the_batch_moves_the_rounding() -> None:
     assert relative_error([session(program)(**inputs)], eager(model, inputs)) < 1e-5
 
 
-@UPSAMPLE
 def test_the_prompt_program_of_open_sizes_runs_once_a_picture() -> None:
     times = (999.0, 500.0, 1.0)
     example = open_inputs("sd15", 2, 16, 16, times[0])
