@@ -14,7 +14,7 @@ from rich.markup import escape
 from torch import nn
 
 from effuse import api, artifact, build
-from effuse.capture import dynamic_shapes, flatten_inputs
+from effuse.capture_inputs import dynamic_shapes, flatten_inputs
 from effuse.cli_text import check_place, out, shape_text, size_text, table, whole_file
 from effuse.config import Config
 from effuse.config import resolve as resolve_config

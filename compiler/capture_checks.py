@@ -1,0 +1,133 @@
+"""What capture refuses, in terms of the user's source, and why."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from effuse.capture_inputs import Leaf
+from effuse.errors import CaptureError, InputError, nearest
+from effuse.graph import calls, source_line
+from effuse.plan import Role
+from effuse.rates import random
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what would compile to nonsense: train mode, NaN or infinite weights."""
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    training = next((name or "the model" for name, m in model.named_modules() if m.training), None)
+    if training is not None:
+        raise CaptureError(
+            f"{training} is in train mode, and dropout would be captured; call .eval()"
+        )
+    parameters = dict(model.named_parameters())
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_floating_point() or tensor.is_meta:
+            continue
+        # a buffer may hold -inf on purpose: attention masks do
+        damaged = not tensor.isfinite().all() if name in parameters else tensor.isnan().any()
+        if damaged:
+            raise CaptureError(
+                f"the weight {name!r} holds NaN or infinite values; load the weights again, or "
+                "find out where the training diverged"
+            )
+
+
+def check_signature(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of forward's parameters; refuse inputs that it does not have or still needs."""
+    signature = inspect.signature(model.forward)
+    kinds = [each.kind for each in signature.parameters.values()]
+    names = tuple(
+        name for name, each in signature.parameters.items() if each.kind is not each.VAR_KEYWORD
+    )
+    for name in inputs:
+        if name not in names and inspect.Parameter.VAR_KEYWORD not in kinds:
+            raise InputError(f"inputs: forward has no argument {name!r}{nearest(name, names)}")
+    missing = [
+        name
+        for name, each in signature.parameters.items()
+        if each.default is each.empty
+        and each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
+        and name not in inputs
+    ]
+    if missing:
+        raise InputError(f"inputs: forward needs {', '.join(missing)}; add an example of each")
+    return names
+
+
+def check_timesteps(
+    leaves: list[Leaf], roles: Mapping[str, Role], timesteps: tuple[float, ...] | None
+) -> None:
+    """Refuse an example timestep that the schedule does not have."""
+    for leaf in leaves:
+        if timesteps is None or roles[leaf.label] is not Role.TIMESTEP or leaf.tensor.is_meta:
+            continue
+        for time in map(float, leaf.tensor.flatten().tolist()):
+            if time not in timesteps:
+                close = min(timesteps, key=lambda known: abs(known - time))
+                raise InputError(
+                    f"{leaf.label}: {time:g} is not one of the {len(timesteps)} timesteps of the "
+                    f"schedule (nearest: {close:g}); give an example with one of them"
+                )
+
+
+def check_random(graph: fx.Graph) -> None:
+    """Refuse random numbers drawn in forward: no two calls of such a network agree."""
+    drawn = next((node for node in calls(graph) if random(node)), None)
+    if drawn is not None:
+        raise CaptureError(
+            f"forward draws random numbers ({drawn.target}) at {source_line(drawn)}\n"
+            "  way out: make the noise an input of forward; dropout needs .eval()"
+        )
+
+
+def check_ranges(
+    exported: ExportedProgram, symbols: Mapping[str, str], dynamic: Mapping[str, tuple[int, int]]
+) -> None:
+    """Refuse a size whose graph holds for a part of its bounds only: forward branches on it."""
+    for symbol, found in exported.range_constraints.items():
+        word = symbols.get(str(symbol))
+        if word is None:
+            continue
+        low, high = dynamic[word]
+        if found.lower > max(low, 2) or found.upper < high:
+            raise CaptureError(
+                f"dynamic: the network takes another path outside {word!r} from {found.lower} to "
+                f"{found.upper}; ask for that, and compile another artifact for the rest"
+            )
+
+
+def is_fixed(size: int | torch.SymInt) -> bool:
+    """Whether a size is a number, a symbol that the network has forced to one value included."""
+    return str(size).isdigit()
+
+
+def explain(error: Exception) -> str:
+    """Where the capture failed in the user's source, and the way out."""
+    text = str(error)
+    frames = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text)
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        frames.append((code.co_filename, str(trace.tb_lineno), code.co_name))
+        trace = trace.tb_next
+    mine = [
+        frame for frame in frames if not re.search(r"[/\\](torch|effuse|compiler)[/\\]", frame[0])
+    ]
+    where = 'File "{}", line {}, in {}'.format(*mine[-1]) if mine else "an unknown line"
+    data = any(word in text for word in ("data-dependent", "Could not guard", "Eq(u", "unbacked"))
+    remedy = (
+        "a branch there depends on the data of a tensor: compute both sides and choose with "
+        "torch.where, or take the decision outside the network"
+        if data
+        else "run the network in eager mode with these inputs; if that works, simplify the line"
+    )
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "no message")
+    return f"capture failed at {where}: {type(error).__name__}: {first[:300]}\n  way out: {remedy}"

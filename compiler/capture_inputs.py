@@ -1,0 +1,123 @@
+"""The arguments of forward: tensors found by path, sizes left open by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from effuse.errors import InputError, nearest
+from effuse.plan import STEP_INPUT, Role
+
+SYMBOLS = ("batch", "height", "width", "frames", "length")
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A tensor found in the arguments of forward."""
+
+    path: tuple[str, ...]
+    tensor: torch.Tensor
+
+    @property
+    def label(self) -> str:
+        """The dotted path."""
+        return ".".join(self.path)
+
+
+def flatten_inputs(inputs: Mapping[str, Any]) -> tuple[list[Leaf], dict[str, Any]]:
+    """The tensors among the arguments with their paths, and the arguments that hold none."""
+    leaves: list[Leaf] = []
+    constants: dict[str, Any] = {}
+    for name, value in inputs.items():
+        found = [
+            Leaf((name, *map(_key, path)), leaf)
+            for path, leaf in pytree.tree_flatten_with_path(value)[0]
+            if isinstance(leaf, torch.Tensor)
+        ]
+        leaves += found
+        if not found:
+            constants[name] = value
+    if not leaves:
+        raise InputError("inputs: no tensor among the example inputs; give at least the latent")
+    names = [STEP_INPUT, *("_".join(leaf.path) for leaf in leaves)]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"inputs: the name {twice!r} stands for two values; rename one of them")
+    return leaves, constants
+
+
+def _key(entry: Any) -> str:
+    key = getattr(entry, "key", None)
+    return str(entry.idx if key is None else key)
+
+
+def copied(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with a copy of every tensor."""
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), dict(inputs))  # type: ignore[no-any-return]
+
+
+def dynamic_shapes(
+    inputs: Mapping[str, Any],
+    leaves: list[Leaf],
+    roles: Mapping[str, Role],
+    dynamic: Mapping[str, tuple[int, int]],
+) -> dict[str, Any] | None:
+    """torch.export's `dynamic_shapes` for the named sizes."""
+    for name in dynamic:
+        if name not in SYMBOLS:
+            raise InputError(f"dynamic: no size is called {name!r}{nearest(name, SYMBOLS)}")
+    if not dynamic:
+        return None
+    axes = {leaf.label: symbolic_axes(leaf, roles, leaves, dynamic) for leaf in leaves}
+    for leaf in leaves:
+        for axis, word in axes[leaf.label].items():
+            check_example_size(leaf.label, word, leaf.tensor.shape[axis], dynamic[word])
+
+    def dims(name: str, path: Any, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return None
+        found = axes[".".join((name, *map(_key, path)))]
+        auto = torch.export.Dim.AUTO
+        return {axis: auto(min=dynamic[s][0], max=dynamic[s][1]) for axis, s in found.items()}
+
+    return {
+        name: pytree.tree_map_with_path(lambda path, leaf, name=name: dims(name, path, leaf), value)
+        for name, value in inputs.items()
+    }
+
+
+def check_example_size(label: str, word: str, size: int, bounds: tuple[int, int]) -> None:
+    """Refuse an example from which an open size cannot be told: 1, or one out of bounds."""
+    low, high = bounds
+    if not low <= size <= high:
+        raise InputError(f"dynamic: {word!r} is {low} to {high}, but {size} in the example {label}")
+    if size == 1 and high > 1:
+        raise InputError(
+            f"dynamic: {word!r} is 1 in the example {label}, and torch.export takes a size of 1 "
+            "for fixed; give an example of at least 2"
+        )
+
+
+def symbolic_axes(
+    leaf: Leaf, roles: Mapping[str, Role], leaves: list[Leaf], dynamic: Mapping[str, Any]
+) -> dict[int, str]:
+    """Axis -> name of the symbolic size, for one tensor of shape (batch, …, height, width)."""
+    latent = next(other.tensor for other in leaves if roles[other.label] is Role.LATENT)
+    shape, axes = leaf.tensor.shape, {}
+    if shape and shape[0] == latent.shape[0]:
+        axes[0] = "batch"
+    if roles[leaf.label] is Role.LATENT and len(shape) >= 4:
+        axes |= {len(shape) - 2: "height", len(shape) - 1: "width"}
+        axes |= {2: "frames"} if len(shape) == 5 else {}
+    elif roles[leaf.label] is Role.PROMPT and len(shape) == 3:
+        axes[1] = "length"
+    return {axis: name for axis, name in axes.items() if name in dynamic}
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """`float32` for torch.float32."""
+    return str(tensor.dtype).removeprefix("torch.")
