@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from effuse.dump import target_text
 from effuse.graph import calls, eliminate, emit, substitute
 from effuse.log import Log
 
@@ -90,7 +91,7 @@ def _match(pat: Any, value: Any, bound: dict[str, Any], nodes: list[fx.Node], to
     if not isinstance(value, fx.Node) or value.op != "call_function":
         return f"an operand is not a call of {pat.name}"
     if getattr(value.target, "overloadpacket", None) is not pat.target:
-        return f"{getattr(value.target, '__name__', value.target)} is not {pat.name}"
+        return f"{target_text(value.target)} is not {pat.name}"
     if not top and len(value.users) > 1:
         return f"the {pat.name} has other users"
     nodes.append(value)
