@@ -23,6 +23,7 @@ from effuse.graph import (
 from effuse.log import Log
 from effuse.passes.base import Pass, Work
 from effuse.program import Part, Program, prune_weights
+from effuse.rates import random
 
 aten = torch.ops.aten
 
@@ -36,7 +37,6 @@ STRIDED = (aten.view_as_complex.default, aten.view.dtype, aten.as_strided.defaul
 CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default,
          aten.type_as.default)  # fmt: skip
 RESHAPES = (aten.reshape.default, aten.expand.default, aten.slice.Tensor)
-RANDOM = ("dropout", "rand", "randn", "randint", "bernoulli", "normal", "multinomial", "randperm")
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,7 @@ def sizes_from_inputs(graph: fx.Graph, log: Log) -> None:
 
 
 def _pure(node: fx.Node) -> bool:
-    name = str(node.target)
-    if any(word in name for word in RANDOM):
+    if random(node) or node.target in DROPOUTS:
         return False
     schema = getattr(node.target, "_schema", None)
     return schema is None or not schema.is_mutable

@@ -1,4 +1,4 @@
-"""The manager verifies after every pass: seeded faults are found, and errors say where and after what."""
+"""The manager verifies after every pass: seeded faults are found, and errors say where."""
 
 from __future__ import annotations
 
