@@ -19,6 +19,7 @@ from effuse.capture_checks import (
     check_timesteps,
     explain,
     is_fixed,
+    size_steps,
 )
 from effuse.capture_inputs import (
     Leaf,
@@ -34,6 +35,7 @@ from effuse.plan import ROLE_DEPENDS, Dim, Input, Role
 from effuse.program import Part, Program
 from effuse.rates import dependences
 from effuse.roles import infer_roles
+from effuse.runtime import digest
 
 WEIGHT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
@@ -71,9 +73,7 @@ def capture(
     check_ranges(exported, symbols, dynamic or {})
     expected, result = expected_outputs(model, inputs, exported)
     described = tuple(
-        Input(
-            name, found[leaf.label], sizes(graph, name, symbols), dtype_name(leaf.tensor), leaf.path
-        )
+        described_input(leaf, name, found[leaf.label], sizes(graph, name, symbols))
         for leaf, name in zip(leaves, names, strict=True)
     )
     sources = {item.name: ROLE_DEPENDS[item.role] for item in described}
@@ -90,10 +90,18 @@ def capture(
         weights=weights,
         timesteps=timesteps,
         bounds=dict(dynamic or {}),
+        steps=size_steps(graph, symbols, dynamic or {}),
         examples={} if on_meta else {n: v.tensor for n, v in zip(names, leaves, strict=True)},
         expected=None if on_meta else expected,
         model=describe(model),
     )
+
+
+def described_input(leaf: Leaf, name: str, role: Role, shape: tuple[Dim, ...]) -> Input:
+    """What the Session has to know of one input."""
+    fixed = role is Role.STATIC and not leaf.tensor.is_meta
+    known = digest(leaf.tensor) if fixed else ""
+    return Input(name, role, shape, dtype_name(leaf.tensor), leaf.path, known)
 
 
 def describe(model: nn.Module) -> dict[str, Any]:

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from sympy import Ne
 from torch import fx, nn
 from torch.export import ExportedProgram
 
 from effuse.capture_inputs import Leaf
 from effuse.errors import CaptureError, InputError, nearest
-from effuse.graph import calls, source_line
+from effuse.graph import calls, fake_mode, source_line
 from effuse.plan import Role
 from effuse.rates import random
 
@@ -107,6 +108,43 @@ def check_ranges(
 def is_fixed(size: int | torch.SymInt) -> bool:
     """Whether a size is a number, a symbol that the network has forced to one value included."""
     return str(size).isdigit()
+
+
+def size_steps(
+    graph: fx.Graph, symbols: Mapping[str, str], dynamic: Mapping[str, tuple[int, int]]
+) -> dict[str, int]:
+    """For each open size, the step between the values that the captured path is right for.
+
+    A network that halves a picture twice takes multiples of 4: torch.export records that as a
+    condition, which the Session then holds callers to.
+
+    Raises:
+        CaptureError: the lower bound is none of those values, or they are not evenly spread.
+    """
+    environment = fake_mode(graph).shape_env
+    steps = {}
+    for symbol, word in symbols.items():
+        low, high = dynamic[word]
+        guards = [] if environment is None else [guard.expr for guard in environment.guards]
+        own = [
+            g for g in guards if {str(s) for s in g.free_symbols} == {symbol} and g.func is not Ne
+        ]
+        good = [size for size in range(low, high + 1) if all(holds(guard, size) for guard in own)]
+        step = good[1] - good[0] if len(good) > 1 else 1
+        if not good or good != list(range(low, good[-1] + 1, step)):
+            few = ", ".join(str(size) for size in good[:8])
+            raise CaptureError(
+                f"dynamic: of {word!r} from {low} to {high}, the network takes this path only for "
+                f"{few or 'none'}…; begin with one of these, and keep to an even step"
+            )
+        steps[word] = step
+    return {word: step for word, step in steps.items() if step > 1}
+
+
+def holds(guard: Any, size: int) -> bool:
+    """Whether a condition on one symbol is true at a size."""
+    (symbol,) = guard.free_symbols
+    return bool(guard.subs(symbol, size))
 
 
 def explain(error: Exception) -> str:

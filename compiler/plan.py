@@ -66,6 +66,7 @@ class Input:
     shape: tuple[Dim, ...]
     dtype: str
     path: tuple[str, ...]
+    digest: str = ""  # of a static input's value: SHA-256
 
     @property
     def label(self) -> str:
@@ -146,6 +147,7 @@ class ProgramSpec:
     plan: Plan = Plan()
     timesteps: tuple[float, ...] | None = None
     bounds: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    steps: Mapping[str, int] = dataclasses.field(default_factory=dict)  # of an open size
 
     def part(self, name: str) -> PartSpec:
         """The part of that name."""
@@ -203,6 +205,7 @@ def spec_from_json(data: Mapping[str, Any]) -> ProgramSpec:
                 tuple(item["shape"]),
                 item["dtype"],
                 tuple(item["path"]),
+                str(item["digest"]),
             )
             for item in data["inputs"]
         ),
@@ -222,4 +225,5 @@ def spec_from_json(data: Mapping[str, Any]) -> ProgramSpec:
         plan=_plan(data["plan"]),
         timesteps=None if times is None else tuple(float(time) for time in times),
         bounds={name: (int(low), int(high)) for name, (low, high) in data["bounds"].items()},
+        steps={name: int(step) for name, step in data["steps"].items()},
     )

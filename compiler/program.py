@@ -87,6 +87,7 @@ class Program:
     plan: Plan = Plan()
     timesteps: tuple[float, ...] | None = None
     bounds: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    steps: Mapping[str, int] = field(default_factory=dict)
     examples: Mapping[str, torch.Tensor] = field(default_factory=dict)
     expected: tuple[torch.Tensor, ...] | None = None  # eager's outputs on the examples
     model: Mapping[str, Any] = field(default_factory=dict)  # class, config and size, for people
@@ -133,6 +134,7 @@ class Program:
             plan=self.plan,
             timesteps=self.timesteps,
             bounds=self.bounds,
+            steps=self.steps,
         )
 
 

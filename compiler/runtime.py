@@ -8,6 +8,7 @@ the same; the step program runs every time.
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,7 +49,11 @@ class NumpyArrays:
     def take(self, value: Any, item: Input) -> Any:
         """`value` as a contiguous numpy array of the input's dtype."""
         detached = value.detach().cpu() if hasattr(value, "detach") else value
-        array = np.asarray(detached)
+        try:
+            array = np.asarray(detached)
+        except (TypeError, ValueError):  # a tensor of a type that numpy has not, a ragged list
+            kind = getattr(value, "dtype", type(value).__name__)
+            raise InputError(f"{item.label}: expected {item.dtype}, got {kind}") from None
         wanted = np.dtype(item.dtype)
         if array.dtype != wanted:
             array = _cast(array, wanted, item)
@@ -76,16 +81,16 @@ class NumpyArrays:
 
 
 def _cast(array: Any, wanted: Any, item: Input) -> Any:
-    """Casts that keep every value: Python scalars, and timesteps of another number type."""
-    with np.errstate(all="ignore"):
-        cast = array.astype(wanted)
-    lossless = bool(np.array_equal(cast.astype(np.float64), array.astype(np.float64)))
-    if array.dtype.kind not in "biuf" or not (lossless and item.role is Role.TIMESTEP):
-        raise InputError(
-            f"{item.label}: expected {item.dtype}, got {array.dtype}; convert it before the call, "
-            f"or compile the network with example inputs of that type"
-        )
-    return cast
+    """Timesteps of another number type: to floats by rounding, to integers if nothing is lost."""
+    if array.dtype.kind in "biuf" and item.role is Role.TIMESTEP:
+        with np.errstate(all="ignore"):
+            cast = array.astype(wanted)
+        if wanted.kind == "f" or np.array_equal(cast.astype(np.float64), array.astype(np.float64)):
+            return cast
+    raise InputError(
+        f"{item.label}: expected {item.dtype}, got {array.dtype}; convert it before the call, "
+        f"or compile the network with example inputs of that type"
+    )
 
 
 class Output(Mapping[str, Any]):
@@ -149,11 +154,15 @@ class Session:
                 that the schedule does not have.
         """
         given = bind(self.spec, args, kwargs)
-        values = {item.name: self._take(item, given[item.name]) for item in self.spec.inputs}
+        values = {i.name: self.arrays.take(given[i.name], i) for i in self.spec.inputs}
+        values |= spread_timesteps(self.spec, values)
         check_shapes(self.spec, values)
+        check_static(self.spec, values)
         found = self.step(values)
         like = next(given[item.name] for item in self.spec.inputs if item.role is Role.LATENT)
         results = [self.arrays.give(found[name], like) for name in self.spec.outputs]
+        if "return_dict" in self.spec.parameters[: len(args)]:
+            return_dict = args[self.spec.parameters.index("return_dict")]
         return self._result(results, return_dict)
 
     def step(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,12 +202,6 @@ class Session:
             "or compile with schedule=None"
         )
 
-    def _take(self, item: Input, value: Any) -> Any:
-        taken = self.arrays.take(value, item)
-        if item.role is not Role.TIMESTEP or len(taken.shape) == len(item.shape):
-            return taken
-        return _broadcast_timestep(taken, item, self.arrays)
-
     def _recall(self, part: PartSpec, env: Mapping[str, Any]) -> Sequence[Any]:
         """The part's outputs, from memory where its inputs are the same as in an earlier run."""
         memory = self._memory[part.name]
@@ -225,14 +228,18 @@ class Session:
     def _result(self, flat: list[Any], return_dict: bool) -> Any:
         if "return_dict" not in self.spec.parameters:
             return _unflatten(self.spec.result, flat)
-        if return_dict:
-            return Output({field_name(index): value for index, value in enumerate(flat)})
-        return tuple(flat)
+        if not return_dict:
+            return tuple(flat)
+        names = field_names(self.spec.result, len(flat))
+        return Output(dict(zip(names, flat, strict=True)))
 
 
-def field_name(index: int) -> str:
-    """`sample` for the first output, as the field calls it, and `output_i` for the rest."""
-    return "sample" if index == 0 else f"output_{index}"
+def field_names(result: Any, count: int) -> list[str]:
+    """The outputs' names, where they were captured with names, else `sample`, `output_1`, …"""
+    captured = result.get("dict", {}) if isinstance(result, Mapping) else {}
+    places = {index: name for name, index in captured.items() if isinstance(index, int)}
+    usual = ("sample", *(f"output_{index}" for index in range(1, count)))
+    return [places.get(index, name) for index, name in enumerate(usual)]
 
 
 def _unflatten(shape: Any, flat: Sequence[Any]) -> Any:
@@ -243,15 +250,30 @@ def _unflatten(shape: Any, flat: Sequence[Any]) -> Any:
     return tuple(_unflatten(item, flat) for item in shape["tuple"])
 
 
-def _broadcast_timestep(value: Any, item: Input, arrays: Arrays) -> Any:
-    """A scalar for a network that takes a vector, and one value of a constant vector for a scalar."""
-    flat = value.reshape(-1)
-    if len({float(time) for time in flat}) != 1:
-        raise InputError(
-            f"{item.label}: expected one timestep, got {len(flat)} that differ; compile with an "
-            "example timestep of shape (batch,)"
-        )
-    return flat[:1].reshape(()) if not item.shape else flat[:1]
+def spread_timesteps(spec: ProgramSpec, values: Mapping[str, Any]) -> dict[str, Any]:
+    """One timestep as often as a network that takes a vector wants it, a constant vector as one.
+
+    Raises:
+        InputError: the network takes one timestep for the whole batch, and several are given.
+    """
+    sizes = {want: got for item in spec.inputs if item.role is not Role.TIMESTEP
+             for want, got in zip(item.shape, values[item.name].shape, strict=False)}  # fmt: skip
+    spread = {}
+    for item in spec.inputs:
+        flat = values[item.name].reshape(-1)
+        if item.role is not Role.TIMESTEP or len(item.shape) > 1:
+            continue
+        if not item.shape and len({float(time) for time in flat}) > 1:
+            raise InputError(
+                f"{item.label}: expected one timestep, got {len(flat)} that differ; compile with "
+                "an example timestep of shape (batch,)"
+            )
+        if not item.shape and len(flat):
+            spread[item.name] = flat[:1].reshape(())
+        elif item.shape and len(flat) == 1:
+            want = item.shape[0]
+            spread[item.name] = flat[[0] * (want if isinstance(want, int) else sizes.get(want, 1))]
+    return spread
 
 
 def bind(spec: ProgramSpec, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,6 +297,8 @@ def bind(spec: ProgramSpec, args: Sequence[Any], kwargs: Mapping[str, Any]) -> d
         for key in item.path:
             value = _child(value, key, item)
         found[item.name] = value
+    for name, value in given.items():
+        _check_nested(spec, (name,), value)
     _check_constants(spec, given)
     return found
 
@@ -292,17 +316,58 @@ def _child(value: Any, key: str, item: Input) -> Any:
     return child
 
 
+def _check_nested(spec: ProgramSpec, path: tuple[str, ...], value: Any) -> None:
+    """Refuse a tensor that stands in a mapping beside captured ones, but was not captured."""
+    captured = [item.path for item in spec.inputs if item.path[: len(path)] == path]
+    if isinstance(value, Mapping) and captured:
+        for key, child in value.items():
+            _check_nested(spec, (*path, str(key)), child)
+    elif len(path) > 1 and not captured and hasattr(value, "shape"):
+        known = [item.label for item in spec.inputs]
+        raise InputError(f"no input is called {'.'.join(path)!r}{nearest('.'.join(path), known)}")
+
+
 def _check_constants(spec: ProgramSpec, given: Mapping[str, Any]) -> None:
     captured = {item.path[0] for item in spec.inputs}
     for name, value in given.items():
         if name in captured or name == "return_dict" or value is None:
             continue
-        if name in spec.constants and spec.constants[name] == value:
+        if name in spec.constants and _equal(spec.constants[name], value):
             continue
         was = f"captured as {spec.constants[name]!r}" if name in spec.constants else "not captured"
         raise InputError(
-            f"{name}: {was}, got {type(value).__name__}; compile again with inputs={{…, {name!r}: …}}"
+            f"{name}: {was}, got {type(value).__name__}; compile again with "
+            f"inputs={{…, {name!r}: …}}"
         )
+
+
+def _equal(captured: Any, given: Any) -> bool:
+    """Whether an argument is what was captured; lists and tuples are one thing in a manifest."""
+    if isinstance(captured, (list, tuple)) and isinstance(given, (list, tuple)):
+        return len(captured) == len(given) and all(map(_equal, captured, given))
+    if isinstance(captured, Mapping) and isinstance(given, Mapping):
+        return captured.keys() == given.keys() and all(_equal(captured[k], given[k]) for k in given)
+    return not hasattr(given, "shape") and bool(captured == given)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of an array's values, in hex."""
+    plain = value.float() if "bfloat16" in str(value.dtype) else value
+    return hashlib.sha256(np.asarray(plain).tobytes()).hexdigest()
+
+
+def check_static(spec: ProgramSpec, values: Mapping[str, Any]) -> None:
+    """Refuse another value of a static input than the one that is part of the program.
+
+    Raises:
+        InputError: it differs.
+    """
+    for item in spec.inputs:
+        if item.digest and digest(values[item.name]) != item.digest:
+            raise InputError(
+                f"{item.label}: its role is static, so its example value is part of the program, and "
+                'this is another; pass that one, or compile with roles={"…": "prompt"}'
+            )
 
 
 def describe_shape(shape: Sequence[Any]) -> str:
@@ -320,8 +385,6 @@ def check_shapes(spec: ProgramSpec, values: Mapping[str, Any]) -> None:
     for item in spec.inputs:
         shape = tuple(values[item.name].shape)
         expected = describe_shape(item.shape)
-        if item.role is Role.TIMESTEP and len(shape) == 1 and len(item.shape) == 1:
-            continue
         if len(shape) != len(item.shape) or any(
             isinstance(want, int) and want != got
             for want, got in zip(item.shape, shape, strict=True)
@@ -332,7 +395,7 @@ def check_shapes(spec: ProgramSpec, values: Mapping[str, Any]) -> None:
             )
         for want, got in zip(item.shape, shape, strict=True):
             if isinstance(want, str):
-                _check_size(want, got, item, sizes, spec.bounds)
+                _check_size(want, got, item, sizes, spec)
 
 
 def _check_size(
@@ -340,11 +403,13 @@ def _check_size(
     got: int,
     item: Input,
     sizes: dict[str, tuple[int, str]],
-    bounds: Mapping[str, tuple[int, int]],
+    spec: ProgramSpec,
 ) -> None:
-    low, high = bounds.get(name, (1, got))
-    if not low <= got <= high:
-        raise InputError(f"{item.label}: {name} must be {low} to {high}, got {got}")
+    low, high = spec.bounds.get(name, (1, got))
+    step = spec.steps.get(name, 1)
+    if not low <= got <= high or (got - low) % step:
+        by = f" in steps of {step}" if step > 1 else ""
+        raise InputError(f"{item.label}: {name} must be {low} to {high}{by}, got {got}")
     known, where = sizes.setdefault(name, (got, item.label))
     if known != got:
         raise InputError(f"{item.label}: {name} is {got} here, but {known} in {where}")

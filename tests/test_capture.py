@@ -627,3 +627,36 @@ def test_deriving_leaves_the_network_as_it_was() -> None:
     derive_inputs(model, size=8)
     assert model.training
     assert before == {name: id(value) for name, value in model.named_parameters()}
+
+
+class Halving(nn.Module):
+    """Takes another path for odd widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        shift = 1.0 if sample.shape[-1] % 2 == 0 else 2.0
+        return self.conv(sample) + timestep * shift
+
+
+def test_open_sizes_are_held_to_the_steps_that_the_captured_path_is_right_for():
+    inputs = {"sample": torch.randn(2, 3, 8, 8), "timestep": torch.tensor(1.0)}
+    program = capture(Halving().eval(), inputs, dynamic={"width": (4, 16)})
+    assert program.steps == {"width": 2}
+    run = session(program)
+    assert run(torch.randn(2, 3, 8, 12), torch.tensor(1.0)).shape == (2, 3, 8, 12)
+    with pytest.raises(InputError, match="width must be 4 to 16 in steps of 2, got 7"):
+        run(torch.randn(2, 3, 8, 7), torch.tensor(1.0))
+    with pytest.raises(CaptureError, match="begin with one of these"):
+        capture(Halving().eval(), inputs, dynamic={"width": (5, 16)})
+
+
+def test_a_static_input_is_held_to_its_example():
+    inputs = {"sample": torch.randn(2, 3, 8, 8), "timestep": torch.tensor(1.0)}
+    program = capture(Halving().eval(), inputs, roles={"timestep": "static"})
+    run = session(program)
+    run(inputs["sample"], torch.tensor(1.0))
+    with pytest.raises(InputError, match="its role is static"):
+        run(inputs["sample"], torch.tensor(2.0))
