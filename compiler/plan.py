@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum, Flag, IntEnum, auto
+from enum import Enum, Flag, IntEnum, StrEnum, auto
 from typing import Any
 
 
-class Role(str, Enum):
+class Role(StrEnum):
     """What an input of the network is for; it decides how often its value changes."""
 
     LATENT = "latent"  # changes every step

@@ -25,7 +25,7 @@ from effuse.plan import (
 
 @dataclass(frozen=True)
 class Part:
-    """A graph with named inputs (its placeholders) and named outputs; a variant is a part at `step`."""
+    """A graph with named inputs (its placeholders) and outputs; a variant is one at step rate."""
 
     name: str
     depends: Depends
@@ -84,7 +84,7 @@ class Program:
     outputs: tuple[str, ...]
     parts: tuple[Part, ...]
     weights: dict[str, torch.Tensor]
-    plan: Plan = Plan()
+    plan: Plan = field(default_factory=Plan)
     timesteps: tuple[float, ...] | None = None
     bounds: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     steps: Mapping[str, int] = field(default_factory=dict)

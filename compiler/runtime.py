@@ -365,8 +365,8 @@ def check_static(spec: ProgramSpec, values: Mapping[str, Any]) -> None:
     for item in spec.inputs:
         if item.digest and digest(values[item.name]) != item.digest:
             raise InputError(
-                f"{item.label}: its role is static, so its example value is part of the program, and "
-                'this is another; pass that one, or compile with roles={"…": "prompt"}'
+                f"{item.label}: its role is static, so its example value is part of the program, "
+                'and this is another; pass that one, or compile with roles={"…": "prompt"}'
             )
 
 

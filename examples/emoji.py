@@ -1,4 +1,4 @@
-"""The text-to-emoji network of examples/models as a diffusers pipeline: 32×32 pictures from words."""
+"""The text-to-emoji network as a diffusers pipeline: 32×32 pictures from words."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class EmojiPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self._table = load_file(folder / "words.safetensors")["weight"]
-        self._index = {word: i for i, word in enumerate(json.loads((folder / "words.json").read_text()))}
+        words = json.loads((folder / "words.json").read_text())
+        self._index = {word: number for number, word in enumerate(words)}
 
     @classmethod
     def open(cls, folder: Path = FOLDER) -> EmojiPipeline:

@@ -14,7 +14,7 @@ from effuse.statistics import Calibration
 
 @dataclass
 class Work:
-    """What a pass is handed beside the program: its log, and the calibration if it asked for one."""
+    """What a pass is handed beside the program: its log, and calibration if it asked for it."""
 
     log: Log = field(default_factory=Log)
     calibration: Calibration | None = None
