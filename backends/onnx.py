@@ -1,7 +1,7 @@
 """The ONNX back end: one model per program and variant, weights stored once beside them.
 
-Every file loads in plain onnxruntime: standard ops, opset 21. The weights of all models are external
-data inside one safetensors file, whose raw bytes are what ONNX wants.
+Every file loads in plain onnxruntime: standard ops, opset 21. The weights of all models are
+external data inside one safetensors file, whose raw bytes are what ONNX wants.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How effuse's ops are written in ONNX, and the rewrites that fit a graph to ONNX Runtime's fusions."""
+"""How effuse's ops are written in ONNX, and rewrites that fit a graph to ONNX Runtime's fusions."""
 
 from __future__ import annotations
 

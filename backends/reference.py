@@ -27,14 +27,23 @@ class TorchArrays:
 
     def take(self, value: Any, item: Input) -> torch.Tensor:
         """`value` as a tensor of the input's dtype."""
-        tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(np.asarray(value))
+        try:
+            tensor = value if torch.is_tensor(value) else torch.as_tensor(np.asarray(value))
+        except (TypeError, ValueError):
+            kind = type(value).__name__
+            raise InputError(f"{item.label}: expected {item.dtype}, got {kind}") from None
         dtype = getattr(torch, item.dtype)
-        if tensor.dtype != dtype:
-            cast = tensor.to(dtype)
-            if item.role is not Role.TIMESTEP or not torch.equal(cast.double(), tensor.double()):
-                raise InputError(f"{item.label}: expected {item.dtype}, got {tensor.dtype}")
-            tensor = cast
-        return tensor.detach()
+        if tensor.dtype == dtype:
+            return tensor.detach()
+        cast = tensor.detach().to(dtype)
+        lossless = torch.equal(cast.double(), tensor.double())
+        if item.role is not Role.TIMESTEP or not (dtype.is_floating_point or lossless):
+            got = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{item.label}: expected {item.dtype}, got {got}; convert it before the call, or "
+                "compile the network with example inputs of that type"
+            )
+        return cast
 
     def give(self, value: Any, like: Any) -> Any:
         """numpy where the caller handed numpy in."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effuse import artifact
-from effuse.errors import ArtifactError, ConfigError, require
+from effuse.errors import ArtifactError, require
 from effuse.plan import Plan, ProgramSpec, spec_from_json
 from effuse.runtime import Session
 
@@ -154,9 +154,13 @@ def compile(
         with show.phase("rewrite"):
             program = build.rewrite(program, settings, calibration, show)
         holder = tempfile.TemporaryDirectory(prefix="effuse-")
-        with show.phase("lower"):
-            folder = Path(holder.name)
-            session, manifest = build.lower(program, settings, folder, show)
+        folder = Path(holder.name)
+        try:
+            with show.phase("lower"):
+                session, manifest = build.lower(program, settings, folder, show)
+        except BaseException:
+            holder.cleanup()
+            raise
     return Compiled(session, manifest, folder, show.seconds, holder)
 
 
@@ -178,7 +182,7 @@ def load(
     try:
         spec: ProgramSpec = spec_from_json(manifest["program"])
         backend = manifest["backend"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"{path}: {artifact.MANIFEST} does not describe a program: {error}"
         ) from None
@@ -192,5 +196,5 @@ def load(
 
         session = load_session(spec, opened.folder)
     else:
-        raise ConfigError(f"{path}: built for {backend!r}, which this effuse does not run")
+        raise ArtifactError(f"{path}: built for {backend!r}, which this effuse does not run")
     return Compiled(session, manifest, opened.folder, keep=opened)

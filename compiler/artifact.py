@@ -15,10 +15,12 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from effuse.errors import ArtifactError
@@ -26,7 +28,9 @@ from effuse.errors import ArtifactError
 FORMAT = 1
 MANIFEST, SUMS = "manifest.json", "SHA256SUMS"
 EPOCH = (1980, 1, 1, 0, 0, 0)  # a zip's earliest date: equal content, equal bytes
-SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # no folders, no hidden files
+# What zipfile raises on bytes that are not as written: also an unknown method, or encryption.
+DAMAGED = (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError)
 
 
 def sha256(path: Path) -> str:
@@ -74,8 +78,8 @@ def save(folder: Path, target: str | os.PathLike[str]) -> Path:
             _swap(staged, goal)
     except OSError as error:
         raise ArtifactError(
-            f"{goal}: cannot write the artifact ({error.strerror or error}); choose another path or "
-            "free some space; nothing was left behind"
+            f"{goal}: cannot write the artifact ({error.strerror or error}); choose another path "
+            "or free some space; nothing was left behind"
         ) from error
     return goal
 
@@ -87,13 +91,26 @@ def check_target(goal: Path) -> None:
         ArtifactError: its folder is missing or may not be written, or something else is there.
     """
     if not goal.parent.is_dir():
-        raise ArtifactError(f"{goal}: the folder {str(goal.parent)!r} does not exist; create it first")
+        raise ArtifactError(
+            f"{goal}: the folder {str(goal.parent)!r} does not exist; create it first"
+        )
     if not os.access(goal.parent, os.W_OK):
         raise ArtifactError(f"{goal}: no permission to write into {str(goal.parent)!r}")
-    if goal.is_dir() and any(goal.iterdir()) and not (goal / MANIFEST).is_file():
-        raise ArtifactError(f"{goal}: a folder that is no artifact is there; choose another path")
-    if goal.is_file() and not zipfile.is_zipfile(goal):
-        raise ArtifactError(f"{goal}: a file that is no artifact is there; choose another path")
+    if goal.exists() and not is_artifact(goal):
+        kind = "folder" if goal.is_dir() else "file"
+        raise ArtifactError(f"{goal}: a {kind} that is no artifact is there; choose another path")
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether what is there may be replaced: an artifact by its names, or an empty folder."""
+    if path.is_dir():
+        names = {each.name for each in path.iterdir()}
+        return not names or {MANIFEST, SUMS} <= names
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        return False
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        return {MANIFEST, SUMS} <= set(archive.namelist())
+    return False
 
 
 @contextlib.contextmanager
@@ -112,7 +129,7 @@ def _swap(staged: Path, goal: Path) -> None:
         goal.rename(old)
     try:
         staged.rename(goal)
-    except OSError:
+    except BaseException:  # Ctrl-C too: what was there comes back
         if old.exists():
             old.rename(goal)
         raise
@@ -121,7 +138,7 @@ def _swap(staged: Path, goal: Path) -> None:
 def _copy(folder: Path, target: Path) -> None:
     """With the permissions of new files: those of a temporary folder shut everybody else out."""
     target.mkdir()
-    for path in folder.iterdir():
+    for path in sorted(folder.iterdir()):
         shutil.copyfile(path, target / path.name)
 
 
@@ -136,7 +153,7 @@ def _zip(folder: Path, target: Path) -> None:
 
 
 class Opened:
-    """A checked artifact on disk: its folder and its manifest; a zip lives in a temporary folder."""
+    """A checked artifact on disk: its folder and its manifest; a zip gets a temporary folder."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._holder: tempfile.TemporaryDirectory[str] | None = None
@@ -155,19 +172,29 @@ class Opened:
 def unzip(source: Path, folder: Path) -> None:
     """Unpack an artifact's zip, flat, refusing names that would leave the folder."""
     if not zipfile.is_zipfile(source):
-        raise ArtifactError(f"{source}: neither a folder nor a complete zip; copy the artifact again")
-    with zipfile.ZipFile(source) as archive:
-        for info in archive.infolist():
-            name = info.filename
-            if PurePosixPath(name).name != name or not SAFE_NAME.fullmatch(name):
-                raise ArtifactError(
-                    f"{source}: the zip holds {name!r}, a path that leaves the artifact; it was not "
-                    "written by effuse, and nothing was unpacked from there"
-                )
-        try:
+        raise ArtifactError(
+            f"{source}: neither a folder nor a complete zip; copy the artifact again"
+        )
+    try:
+        with zipfile.ZipFile(source) as archive:
+            for info in archive.infolist():
+                if problem := _unsafe(info):
+                    raise ArtifactError(
+                        f"{source}: the zip holds {info.filename!r}, {problem}; it was not written "
+                        "by effuse, and nothing was unpacked"
+                    )
             archive.extractall(folder)
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
-            raise ArtifactError(f"{source}: the zip is damaged ({error}); copy it again") from error
+    except DAMAGED as error:
+        raise ArtifactError(f"{source}: the zip is damaged ({error}); copy it again") from error
+
+
+def _unsafe(info: zipfile.ZipInfo) -> str | None:
+    """Why a member of a zip is not unpacked, or None."""
+    if not SAFE_NAME.fullmatch(info.filename):
+        return "a path that leaves the artifact"
+    if stat.S_ISLNK(info.external_attr >> 16):
+        return "a symbolic link"
+    return None
 
 
 def check(folder: Path, name: str) -> dict[str, Any]:
@@ -181,14 +208,18 @@ def check(folder: Path, name: str) -> dict[str, Any]:
         version = int(manifest["format"])
     except FileNotFoundError:
         raise ArtifactError(f"{name}: no {MANIFEST} in it, so this is no effuse artifact") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise ArtifactError(f"{name}: {MANIFEST} is damaged ({error}); copy it again") from None
     if version > FORMAT:
         raise ArtifactError(
-            f"{name}: written by effuse {manifest.get('effuse', '?')} in artifact format {version}; "
-            f"this effuse reads up to {FORMAT}; update it: pip install -U effuse"
+            f"{name}: written by effuse {manifest.get('effuse', '?')} in artifact format "
+            f"{version}; this effuse reads up to {FORMAT}; update it: pip install -U effuse"
         )
-    for file, digest in _sums(folder, name).items():
+    sums = _sums(folder, name)
+    for file in manifest.get("files", {}):
+        if file not in sums:
+            raise ArtifactError(f"{name}: {SUMS} does not cover {file}; copy the artifact again")
+    for file, digest in sums.items():
         path = folder / file
         if not path.is_file():
             raise ArtifactError(f"{name}: {file} is missing; copy the artifact again")
@@ -205,6 +236,8 @@ def _sums(folder: Path, name: str) -> dict[str, str]:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise ArtifactError(f"{name}: {SUMS} is missing; copy the artifact again") from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{name}: {SUMS} is damaged ({error}); copy it again") from None
     found = {}
     for line in lines:
         digest, _, file = line.partition("  ")

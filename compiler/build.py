@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib
 import importlib.metadata
+import inspect
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -52,13 +53,29 @@ def capture_program(
         from effuse.examples import derive_inputs
 
         inputs = derive_inputs(network, timestep=first)
-    elif first is not None:
+    elif times is not None:
         inputs = on_schedule(inputs, times, config)
-    known = None if times is None else tuple(float(time) for time in times)
+    known = None if times is None else as_given(times, inputs, config)
     program = capture(network, inputs, roles=config.roles, dynamic=config.dynamic, timesteps=known)
     parameters = {name for name, _ in network.named_parameters()}
     rates = rate_costs(program, parameter_names=parameters)
-    return replace(program, model={**program.model, "rates": rates})
+    return replace(
+        program,
+        constants={**plain_defaults(network, inputs), **program.constants},
+        model={**program.model, "rates": rates},
+    )
+
+
+def plain_defaults(network: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of forward that were captured with it, so that a call may repeat them."""
+    parameters = inspect.signature(network.forward).parameters
+    return {
+        name: each.default
+        for name, each in parameters.items()
+        if name not in inputs
+        and name != "return_dict"
+        and isinstance(each.default, (bool, int, float, str))
+    }
 
 
 def load_network(path: str | os.PathLike[str]) -> nn.Module:
@@ -85,19 +102,29 @@ def timesteps_of(schedule: Any) -> torch.Tensor | None:
     return torch.tensor(list(dict.fromkeys(tensor.tolist())), dtype=tensor.dtype)
 
 
-def on_schedule(inputs: Mapping[str, Any], times: Any, config: Config) -> dict[str, Any]:
-    """The example inputs with a timestep that the schedule has."""
-    names = {n for n, role in config.roles.items() if Role(role) is Role.TIMESTEP} | TIMESTEP_NAMES
-    known = {float(time) for time in times}
-    middle = times[len(times) // 2]
-    return {
-        name: torch.full_like(value, middle.to(value.dtype))
-        if name in names
-        and isinstance(value, torch.Tensor)
-        and float(value.flatten()[0]) not in known
-        else value
-        for name, value in inputs.items()
-    }
+def on_schedule(inputs: Mapping[str, Any], times: torch.Tensor, config: Config) -> dict[str, Any]:
+    """The example inputs with a timestep that the schedule has, in a dtype that can hold it."""
+    found = dict(inputs)
+    whole = bool((times == times.round()).all())
+    for name, value in timestep_inputs(inputs, config).items():
+        dtype = value.dtype if whole or value.is_floating_point() else times.dtype
+        known = times.to(dtype)
+        if value.dtype != dtype or not torch.isin(value.flatten()[0], known):
+            found[name] = torch.full_like(value, known[len(known) // 2].item(), dtype=dtype)
+    return found
+
+
+def timestep_inputs(inputs: Mapping[str, Any], config: Config) -> dict[str, torch.Tensor]:
+    """The example inputs that are timesteps, by the configuration or by their names."""
+    names = {n for n, role in config.roles.items() if role == Role.TIMESTEP} | TIMESTEP_NAMES
+    return {n: v for n, v in inputs.items() if n in names and isinstance(v, torch.Tensor)}
+
+
+def as_given(times: torch.Tensor, inputs: Mapping[str, Any], config: Config) -> tuple[float, ...]:
+    """The timesteps as the network is given them: rounded to the dtype of its input."""
+    dtypes = [value.dtype for value in timestep_inputs(inputs, config).values()]
+    rounded = times.to(dtypes[0]) if dtypes else times
+    return tuple(dict.fromkeys(float(time) for time in rounded))
 
 
 def rewrite(program: Program, config: Config, feed: Any, show: Phases) -> Program:
@@ -169,8 +196,8 @@ def check_parity(program: Program, session: Session, backend: str) -> dict[str, 
     bound = parity_bound_db(program, expected)
     if ratio < bound:
         raise BackendError(
-            f"{backend} agrees with reference to {ratio:.1f} dB only, and {bound:.0f} dB are needed; "
-            "this is a defect of the lowering: please report it with `effuse dump`"
+            f"{backend} agrees with reference to {ratio:.1f} dB only, and {bound:.0f} dB are "
+            "needed; this is a defect of the lowering: please report it with `effuse dump`"
         )
     return {"error": float(f"{error:.2g}"), "sqnr_db": round(ratio, 1)}
 
@@ -223,7 +250,7 @@ def describe(
         "target": config.target,
         "config": config.data(),
         "program": to_json(program.spec()),
-        "model": {k: v for k, v in program.model.items() if k != "rates"},
+        "model": describe_model(program.model),
         "passes": to_json(program.records),
         "layers": to_json(program.layers),
         "parts": {
@@ -235,6 +262,12 @@ def describe(
         "parity": dict(parity),
         "versions": versions(LIBRARIES),
     }
+
+
+def describe_model(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The network for people and pipelines, without the folder that it was loaded from."""
+    config = {k: v for k, v in model.get("config", {}).items() if k != "_name_or_path"}
+    return {**{k: v for k, v in model.items() if k != "rates"}, "config": config}
 
 
 def native_ops(program: Program, backend: str) -> dict[str, str]:

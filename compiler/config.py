@@ -1,4 +1,4 @@
-"""What to build: passes, back end, target; from Python, a preset's name, a mapping or a TOML file."""
+"""What to build: passes, back end, target; from Python, a preset, a mapping or a TOML file."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
-
-from effuse.errors import ConfigError, nearest
-from effuse.passes import BY_NAME, ORDER, PRESETS, Pass
+from effuse.errors import ConfigError, nearest, require
 from effuse.plan import to_json
 
+try:
+    from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
+
+    from effuse.passes import BY_NAME, ORDER, PRESETS, Pass
+except ModuleNotFoundError as missing:
+    require(str(missing.name))  # says what installs it
+    raise
+
 BACKENDS = ("auto", "reference", "onnx")
+TARGETS = ("cpu", "cpu-avx2", "cpu-avx512vnni", "cpu-neon")  # what instructions are there
 
 
 class Config(BaseModel):
@@ -43,7 +49,9 @@ class Config(BaseModel):
     def __init__(self, **values: Any) -> None:
         for name in values:
             if name not in type(self).model_fields:
-                raise ConfigError(f"config: no option {name!r}{nearest(name, type(self).model_fields)}")
+                raise ConfigError(
+                    f"config: no option {name!r}{nearest(name, type(self).model_fields)}"
+                )
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -56,20 +64,34 @@ class Config(BaseModel):
             return preset(value)
         if isinstance(value, (Pass, Mapping)):
             value = (value,)
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"passes: expected a sequence of passes, got {value!r}")
         return legal_order([make_pass(item) for item in value])
 
     @field_validator("backend")
     @classmethod
     def _backend(cls, value: str) -> str:
         if value not in BACKENDS:
-            raise ConfigError(f"backend: {value!r} is not in this version{nearest(value, BACKENDS)}")
+            raise ConfigError(
+                f"backend: {value!r} is not in this version{nearest(value, BACKENDS)}"
+            )
         return value
 
     @field_validator("target")
     @classmethod
     def _target(cls, value: str | None) -> str | None:
-        if value is not None and not value.startswith("cpu"):
-            raise ConfigError(f"target: {value!r} is not in this version (known: cpu, cpu-…, or None)")
+        if value is not None and value not in TARGETS:
+            raise ConfigError(f"target: {value!r} is not in this version{nearest(value, TARGETS)}")
+        return value
+
+    @field_validator("dynamic")
+    @classmethod
+    def _dynamic(cls, value: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        for name, (low, high) in value.items():
+            if not 1 <= low <= high:
+                raise ConfigError(
+                    f"dynamic: {name!r} needs bounds 1 <= low <= high, got ({low}, {high})"
+                )
         return value
 
     @field_validator("step_groups")
@@ -109,9 +131,12 @@ def preset(name: str) -> tuple[Pass, ...]:
 
 
 def make_pass(value: Any) -> Pass:
-    """A pass from itself, its name, or a mapping {"name": …, option: …}."""
+    """A pass from itself, its name, or a mapping {"name": …, option: …}; its options checked."""
     if isinstance(value, Pass):
-        return value
+        own = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+        value = {"name": value.name, **own}
+    elif not isinstance(value, (str, Mapping)):
+        raise ConfigError(f"passes: expected a pass, its name or a mapping, got {value!r}")
     options = {"name": value} if isinstance(value, str) else dict(value)
     name = str(options.pop("name", ""))
     if name not in BY_NAME:
@@ -155,7 +180,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     """The mapping in a TOML file."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file") from None
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        reason = "no such config file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise ConfigError(f"{path}: {reason}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
