@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test setup lint clean
+.PHONY: demo test test-wheel setup clean
 
 demo: setup  ## compile the trained network, compare pictures, write out/demo/report.html
 	PYTHONSAFEPATH= $(BIN)/python examples/demo.py
@@ -14,6 +14,14 @@ test: setup  ## lint, types and tests
 	$(BIN)/python .ci/typing_tree.py
 	$(BIN)/mypy
 	$(BIN)/pytest -q
+
+test-wheel: setup  ## the same tests on the built wheel
+	rm -rf build/lib dist
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist . > /dev/null
+	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall dist/*.whl
+	$(BIN)/python -c 'import effuse; print("testing", effuse.__file__)'
+	$(BIN)/pytest -q; status=$$?; \
+	$(BIN)/python -m pip install --quiet --no-deps --editable .; exit $$status
 
 setup: $(VENV)/.installed
 

@@ -13,6 +13,7 @@ from effuse.plan import Rate, Role
 from effuse.program import Part, Program
 from effuse.statistics import Calibration, Statistics
 
+LAYERS = (torch.ops.aten.linear.default, torch.ops.aten.conv2d.default)
 PROBES = 4  # whole input sets kept for measuring layers, spread over the run
 
 Feed = Callable[[Any], None] | Iterable[Mapping[str, Any]] | None
@@ -148,3 +149,9 @@ def step_values(part: Part, node: fx.Node) -> bool:
         and value.is_floating_point()
         and node.op in ("call_function", "placeholder")
     )
+
+
+def layer_values(part: Part, node: fx.Node) -> bool:
+    """Every floating value of the step program that a layer reads or gives."""
+    near = (node, *node.users)
+    return step_values(part, node) and any(each.target in LAYERS for each in near)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from effuse import build
-from effuse.calibrate import calibrate, step_values
+from effuse.calibrate import calibrate, layer_values
 from effuse.cli_build import Request, check_folder, example_inputs, program_text
 from effuse.cli_diff import difference, show_rows
 from effuse.cli_text import out
@@ -74,7 +74,7 @@ class Trials:
         key = " ".join((program_text(current), *names))
         if key not in self._calibrations:
             groups, seed = self.settings.step_groups, self.settings.seed
-            found = calibrate(current, None, step_values, groups=groups, seed=seed)
+            found = calibrate(current, None, layer_values, groups=groups, seed=seed)
             self._calibrations[key] = found
         return self._calibrations[key]
 

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from effuse.evaluate import Evaluation, evaluate
-from effuse.progress import phases
-from effuse.report import Report, write_html
 from emoji import FOLDER, EmojiPipeline, names
 from rich.console import Console
 from rich.table import Table
 
 import effuse
+from effuse.evaluate import Evaluation, evaluate
+from effuse.progress import phases
+from effuse.report import Report, write_html
 
 CONSOLE = Console()
 NOISE_SEED, CALIBRATION_SEED = 1, 1234  # pictures are never made from the noise of calibration

@@ -1,5 +1,6 @@
-import effuse
 from emoji import EmojiPipeline
+
+import effuse
 
 pipe = EmojiPipeline.open()  # any diffusers pipeline
 pipe.scheduler.set_timesteps(50)
