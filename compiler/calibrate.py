@@ -49,12 +49,13 @@ class Recorder:
         """One computed value."""
         if (part.name, node.name) not in self._names or not torch.is_tensor(value):
             return
-        if not value.isfinite().all():
+        try:
+            self.statistics.add((part.name, node.name), self._group, value)
+        except ValueError:
             raise CalibrationError(
                 f"calibration: {node.name} became NaN or infinite at call {self.calls}; check the "
                 "weights, the scheduler and the prompts that calibration runs with"
-            )
-        self.statistics.add((part.name, node.name), self._group, value)
+            ) from None
 
     def _group_of(self, index: int | None) -> int:
         if index is None or not self._times:

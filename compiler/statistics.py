@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -24,12 +25,18 @@ class Ranges:
         return cls(inf, -inf)
 
     def add(self, group: int, tensor: torch.Tensor) -> None:
-        """Take in one tensor of that group."""
+        """Take in one tensor of that group.
+
+        Raises:
+            ValueError: it holds NaN or infinite values.
+        """
         if tensor.numel() == 0:
             return
-        low, high = tensor.aminmax()
-        self.low[group] = min(self.low[group].item(), low.item())
-        self.high[group] = max(self.high[group].item(), high.item())
+        low, high = (bound.item() for bound in tensor.aminmax())  # NaN shows in both
+        if not math.isfinite(low) or not math.isfinite(high):
+            raise ValueError("a range cannot hold NaN or infinite values")
+        self.low[group] = min(self.low[group].item(), low)
+        self.high[group] = max(self.high[group].item(), high)
 
     def merge(self, other: Ranges) -> Ranges:
         """The ranges of both."""
