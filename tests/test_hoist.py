@@ -1,4 +1,4 @@
-"""Hoist on hand-written nets: golden splits, rejects, equal numbers at every step, one split only."""
+"""Hoist on hand-written nets: golden splits, rejects, equal numbers at every step, one split."""
 
 from __future__ import annotations
 
