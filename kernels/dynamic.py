@@ -81,8 +81,9 @@ def conv2d_dynamic(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """`conv2d_reference` as a graph op."""
-    return conv2d_reference(x, weight, scale, bias, stride, padding, dilation, groups)
+    """`conv2d_reference` as a graph op; its result is contiguous."""
+    y = conv2d_reference(x, weight, scale, bias, stride, padding, dilation, groups)
+    return y.contiguous()
 
 
 @conv2d_dynamic.register_fake
@@ -97,4 +98,5 @@ def _(
     groups: int,
 ) -> Tensor:
     float_weight = torch.empty_like(weight, dtype=x.dtype)
-    return torch.nn.functional.conv2d(x, float_weight, None, stride, padding, dilation, groups)
+    y = torch.nn.functional.conv2d(x, float_weight, None, stride, padding, dilation, groups)
+    return torch.empty_like(y, memory_format=torch.contiguous_format)

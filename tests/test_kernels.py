@@ -1,0 +1,355 @@
+"""Every row of the op table: reference, fake, opcheck, integers by hand, ONNX translation."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from effuse.backends.onnx_ops import TRANSLATIONS
+from effuse.kernels.dynamic import dynamic_range
+from effuse.kernels.quantize import along
+from effuse.kernels.table import BY_TARGET, TABLE
+
+logging.getLogger("torch.__trace").disabled = True  # pytest's log capture would pay for it
+
+ROWS = pytest.mark.parametrize("op", TABLE, ids=lambda op: op.name)
+few = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+
+
+def samples(op, seed=0):
+    return op.samples(torch.Generator().manual_seed(seed))
+
+
+# independent re-computation, in float64 and int64
+
+
+def numpy_of(value):
+    return value.numpy() if isinstance(value, torch.Tensor) else value
+
+
+def shaped(vector, dims, axis):
+    if np.ndim(vector) == 0:
+        return vector
+    shape = [1] * dims
+    shape[axis] = -1
+    return vector.reshape(shape)
+
+
+def quantize_by_hand(x, scale, zero, axis):
+    x, scale, zero = (numpy_of(each) for each in (x, scale, zero))
+    limits = np.iinfo(zero.dtype)
+    ratio = x.astype(np.float32) / shaped(scale, x.ndim, axis).astype(np.float32)
+    steps = np.rint(ratio.astype(np.float64)) + shaped(zero, x.ndim, axis).astype(np.float64)
+    return np.clip(steps, limits.min, limits.max).astype(np.int64)
+
+
+def dequantize_by_hand(q, scale, zero, axis):
+    q, scale, zero = (numpy_of(each) for each in (q, scale, zero))
+    steps = q.astype(np.int64) - shaped(zero, q.ndim, axis).astype(np.int64)
+    return steps.astype(np.float64) * shaped(scale, q.ndim, axis).astype(np.float64)
+
+
+def dynamic_steps_by_hand(x):
+    x = numpy_of(x).astype(np.float32)
+    low, high = min(np.float32(0), x.min()), max(np.float32(0), x.max())
+    scale = np.float32(high - low) / np.float32(255)
+    scale = scale if scale else np.float32(1)
+    zero = np.clip(np.rint(-low / scale), 0, 255)
+    return (np.clip(np.rint(x / scale) + zero, 0, 255) - zero).astype(np.int64), float(scale)
+
+
+def linear_by_hand(x, weight, scale, bias):
+    steps, step = dynamic_steps_by_hand(x)
+    y = np.einsum("...k,ok->...o", steps, numpy_of(weight).astype(np.int64)) * (
+        step * numpy_of(scale).astype(np.float64)
+    )
+    return y if bias is None else y + numpy_of(bias).astype(np.float64)
+
+
+def conv2d_by_hand(x, weight, scale, bias, stride, padding, dilation, groups):
+    steps, step = dynamic_steps_by_hand(x)
+    weight = numpy_of(weight).astype(np.int64)
+    steps = np.pad(steps, [(0, 0), (0, 0), *((each, each) for each in padding)])
+    out, per_group, rows, columns = weight.shape
+    spans = [dilation[0] * (rows - 1) + 1, dilation[1] * (columns - 1) + 1]
+    height, width = ((steps.shape[2 + a] - spans[a]) // stride[a] + 1 for a in (0, 1))
+    y = np.zeros((len(steps), out, height, width), dtype=np.int64)
+    for o in range(out):
+        first = o // (out // groups) * per_group
+        for i in range(height):
+            for j in range(width):
+                top, left = i * stride[0], j * stride[1]
+                window = steps[:, first : first + per_group, top : top + spans[0] : dilation[0],
+                               left : left + spans[1] : dilation[1]]  # fmt: skip
+                y[:, o, i, j] = (window * weight[o]).sum(axis=(1, 2, 3))
+    y = y * (step * numpy_of(scale).astype(np.float64)).reshape(1, -1, 1, 1)
+    return y if bias is None else y + numpy_of(bias).astype(np.float64).reshape(1, -1, 1, 1)
+
+
+BY_HAND = {
+    "quantize": quantize_by_hand,
+    "dequantize": dequantize_by_hand,
+    "linear_dynamic": linear_by_hand,
+    "conv2d_dynamic": conv2d_by_hand,
+}
+
+
+def agrees(found, expected):
+    """Integers exactly; floats to float32's rounding of two multiplications and one sum."""
+    if not found.is_floating_point():
+        assert np.array_equal(found.numpy().astype(np.int64), expected)
+        return
+    bound = 4 * np.finfo(np.float32).eps * max(1e-30, np.abs(expected).max(initial=0.0))
+    assert found.shape == expected.shape
+    assert np.abs(found.double().numpy() - expected).max(initial=0.0) <= bound
+
+
+@ROWS
+def test_the_op_is_its_reference_and_the_computation_by_hand(op):
+    for sample in samples(op):
+        found = op.target(*sample)
+        assert torch.equal(found, op.reference(*sample))
+        agrees(found, BY_HAND[op.name](*sample))
+
+
+@ROWS
+def test_the_fake_has_the_shape_type_and_strides_of_the_real(op):
+    for sample in samples(op):
+        check_fake(op, sample)
+
+
+def check_fake(op, sample):
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in sample]
+        fake = op.target(*fakes)
+    real = op.target(*sample)
+    assert (tuple(fake.shape), fake.dtype) == (tuple(real.shape), real.dtype)
+    assert strides(fake) == strides(real)
+
+
+def strides(tensor):
+    """Strides that matter: those of sizes over one, of a tensor that holds anything."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return [stride for size, stride in pairs if size > 1 and tensor.numel()]
+
+
+@ROWS
+def test_opcheck(op):
+    for sample in samples(op):
+        torch.library.opcheck(op.target, sample)
+
+
+@ROWS
+def test_the_given_tensors_are_left_alone(op):
+    for sample in samples(op):
+        before = [a.clone() if isinstance(a, torch.Tensor) else a for a in sample]
+        op.target(*sample)
+        for one, other in zip(before, sample, strict=True):
+            assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+@ROWS
+def test_every_row_is_complete(op):
+    assert BY_TARGET[op.target] is op
+    assert op.implementations["reference"] == "simulated"
+    assert ("onnx" in op.implementations) == (op.target in TRANSLATIONS)
+    assert str(op.target) == f"effuse.{op.name}.default"
+    assert op.name in BY_HAND
+    assert samples(op)
+
+
+# generated shapes
+
+seeds = st.integers(0, 2**31)
+sizes = st.integers(1, 5)
+
+
+def drawn(shape, seed, spread=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tuple(shape), generator=generator) * spread
+
+
+def int8s(shape, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-127, 128, tuple(shape), generator=generator, dtype=torch.int8)
+
+
+@st.composite
+def quantize_arguments(draw):
+    shape = draw(st.lists(st.integers(0, 5), min_size=1, max_size=4))
+    axis = draw(st.integers(0, len(shape) - 1))
+    dtype = draw(st.sampled_from([torch.int8, torch.uint8]))
+    vector = [shape[axis]] if draw(st.booleans()) and shape[axis] else []
+    seed = draw(seeds)
+    limits = torch.iinfo(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    zero = torch.randint(limits.min, limits.max + 1, vector, generator=generator).to(dtype)
+    x = drawn(shape, seed, draw(st.sampled_from([0.01, 1.0, 1e6])))
+    if len(shape) > 1 and draw(st.booleans()):  # not contiguous
+        x = x.transpose(0, -1).contiguous().transpose(0, -1)
+    return x, drawn(vector, seed + 1).abs() + 1e-3, zero, axis
+
+
+@few
+@given(quantize_arguments())
+def test_quantize_and_dequantize_of_any_shape(arguments):
+    x, scale, zero, axis = arguments
+    quantize, dequantize = TABLE[0], TABLE[1]
+    q = quantize.target(*arguments)
+    assert torch.equal(q, quantize.reference(*arguments))
+    agrees(q, quantize_by_hand(*arguments))
+    back = (q, scale, zero, axis)
+    agrees(dequantize.target(*back), dequantize_by_hand(*back))
+    check_fake(quantize, arguments)
+    check_fake(dequantize, back)
+    if x.numel():  # within half a step wherever nothing is cut off
+        limits = torch.iinfo(zero.dtype)
+        inside = (q.int() > limits.min) & (q.int() < limits.max)
+        step = along(scale, x.dim(), axis).expand_as(x)
+        error = (dequantize.target(*back) - x).abs()
+        assert (error[inside] <= 0.5001 * step[inside]).all()
+        assert torch.equal(quantize.target(dequantize.target(*back), scale, zero, axis), q)
+
+
+@st.composite
+def linear_arguments(draw):
+    lead = draw(st.lists(sizes, min_size=0, max_size=3))
+    width, out, seed = draw(sizes), draw(sizes), draw(seeds)
+    x = drawn([*lead, width], seed) + draw(st.sampled_from([-5.0, 0.0, 5.0]))
+    x = x * draw(st.sampled_from([0.0, 1e-3, 1.0]))
+    bias = drawn([out], seed + 1) if draw(st.booleans()) else None
+    return x, int8s([out, width], seed), drawn([out], seed).abs() + 1e-3, bias
+
+
+@few
+@given(linear_arguments())
+def test_linear_of_any_shape(arguments):
+    op = next(op for op in TABLE if op.name == "linear_dynamic")
+    found = op.target(*arguments)
+    assert torch.equal(found, op.reference(*arguments))
+    agrees(found, linear_by_hand(*arguments))
+    check_fake(op, arguments)
+
+
+@st.composite
+def conv_arguments(draw):
+    groups = draw(st.integers(1, 2))
+    per_group, out = draw(st.integers(1, 2)), groups * draw(st.integers(1, 2))
+    kernel = draw(st.lists(st.integers(1, 3), min_size=2, max_size=2))
+    stride, dilation = (draw(st.lists(st.integers(1, 2), min_size=2, max_size=2)) for _ in "ab")
+    padding = draw(st.lists(st.integers(0, 2), min_size=2, max_size=2))
+    spans = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+    extra = draw(st.lists(st.integers(0, 3), min_size=2, max_size=2))
+    seed = draw(seeds)
+    size = [s + e for s, e in zip(spans, extra, strict=True)]
+    x = drawn([draw(st.integers(1, 2)), groups * per_group, *size], seed)
+    x = x + draw(st.sampled_from([-5.0, 0.0, 5.0]))
+    if draw(st.booleans()):
+        x = x.to(memory_format=torch.channels_last)
+    bias = drawn([out], seed + 1) if draw(st.booleans()) else None
+    weight = int8s([out, per_group, *kernel], seed)
+    return x, weight, drawn([out], seed).abs() + 1e-3, bias, stride, padding, dilation, groups
+
+
+@few
+@given(conv_arguments())
+def test_convolution_of_any_shape(arguments):
+    op = next(op for op in TABLE if op.name == "conv2d_dynamic")
+    found = op.target(*arguments)
+    assert torch.equal(found, op.reference(*arguments))
+    agrees(found, conv2d_by_hand(*arguments))
+    check_fake(op, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_activations_of_other_types_give_their_own_type(dtype):
+    for op in TABLE:
+        if not op.name.endswith("_dynamic"):
+            continue
+        x, *rest = samples(op)[0]
+        found = op.target(x.to(dtype), *rest)
+        assert found.dtype == dtype
+        check_fake(op, (x.to(dtype), *rest))
+        expected = op.target(x.to(dtype).float(), *rest)
+        assert torch.equal(found, expected.to(dtype))
+
+
+def test_a_convolution_without_a_batch():
+    op = next(op for op in TABLE if op.name == "conv2d_dynamic")
+    for x, *rest in samples(op):
+        found = op.target(x[0], *rest)
+        assert torch.equal(found, op.target(x[:1], *rest)[0])
+        check_fake(op, (x[0], *rest))
+
+
+def test_ties_go_to_even_and_limits_hold():
+    quantize = torch.ops.effuse.quantize.default
+    x = torch.tensor([-0.5, 0.5, 1.5, 2.5, 1e9, -1e9])
+    one = torch.tensor(1.0)
+    found = quantize(x, one, torch.tensor(0, dtype=torch.int8), 0)
+    assert found.tolist() == [0, 0, 2, 2, 127, -128]
+    # the zero point is added to what was rounded: ties do not depend on it
+    found = quantize(x, one, torch.tensor(1, dtype=torch.uint8), 0)
+    assert found.tolist() == [1, 1, 3, 3, 255, 0]
+
+
+def test_dynamic_ranges_hold_zero():
+    for x, scale, zero in (
+        (torch.tensor([1.0, 2.0]), 2 / 255, 0.0),
+        (torch.tensor([-1.0, -2.0]), 2 / 255, 255.0),
+        (torch.tensor([-1.0, 254.0]), 1.0, 1.0),
+        (torch.zeros(3), 1.0, 0.0),
+    ):
+        found = dynamic_range(x)
+        assert (found[0].item(), found[1].item()) == (pytest.approx(scale, rel=1e-6), zero)
+
+
+# ONNX
+
+
+class Call(nn.Module):
+    """One call of an op, its numbers fixed; the tensors are the module's inputs."""
+
+    def __init__(self, op, sample):
+        super().__init__()
+        self.op, self.sample = op, sample
+
+    def forward(self, *tensors):
+        given = iter(tensors)
+        return self.op.target(
+            *(next(given) if isinstance(a, torch.Tensor) else a for a in self.sample)
+        )
+
+
+@pytest.mark.filterwarnings("ignore")
+@ROWS
+def test_the_onnx_translation_computes_the_reference(op):
+    for sample in samples(op):
+        tensors = tuple(a for a in sample if isinstance(a, torch.Tensor))
+        exported = torch.export.export(Call(op, sample).eval(), tensors, strict=False)
+        program = torch.onnx.export(
+            exported, dynamo=True, opset_version=21, custom_translation_table=TRANSLATIONS,
+            verbose=False,
+        )  # fmt: skip
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = onnxruntime.InferenceSession(
+            program.model_proto.SerializeToString(), options, ["CPUExecutionProvider"]
+        )
+        names = [each.name for each in session.get_inputs()]
+        feed = {name: a.numpy() for name, a in zip(names, tensors, strict=True)}
+        (found,) = session.run(None, feed)
+        expected = op.reference(*sample)
+        assert found.dtype == expected.numpy().dtype
+        if op.name in ("quantize", "dequantize"):
+            assert np.array_equal(found, expected.numpy())
+        else:
+            agrees(torch.from_numpy(found), BY_HAND[op.name](*sample))
