@@ -9,7 +9,7 @@ from onnxscript import opset21 as op
 from onnxscript.ir import DataType
 from torch import fx
 
-from effuse.graph import calls, eliminate, emit, emit_weight, substitute
+from effuse.graph import calls, eliminate, emit, emit_weight, substitute, value_of
 from effuse.kernels import dynamic as dynamic  # registers the ops
 
 aten, ops = torch.ops.aten, torch.ops.effuse
@@ -93,8 +93,17 @@ TRANSLATIONS: dict[Any, Any] = {
 
 def prepare(graph: fx.Graph, weights: dict[str, torch.Tensor]) -> None:
     """Rewrite a copy of a part for ONNX Runtime; exact."""
+    idle_squeezes(graph)
     transpose_quantized(graph, weights)
     eliminate(graph)
+
+
+def idle_squeezes(graph: fx.Graph) -> None:
+    """squeeze(x, d) -> x where d is not of size 1: nothing in PyTorch, an error in ONNX."""
+    for node in calls(graph, aten.squeeze.dim):
+        source: Any = node.args[0]
+        if value_of(source).dim() == value_of(node).dim():
+            substitute(node, source)
 
 
 def _transposed(graph: fx.Graph, weights: dict[str, torch.Tensor], node: Any) -> fx.Node:
