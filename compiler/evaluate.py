@@ -96,8 +96,8 @@ def evaluate(
             time; calls on_step(index, timestep, output) after each step; gives the final pictures
             in [-1, 1], (n, 3, h, w).
         prompts: one a picture.
-        rounds: how often each model samples, every other round in reverse order: a machine that
-            gets busy does so for all. The first step of each round warms up and is not timed.
+        rounds: how often the models are timed on the reference's inputs, taking turns call by
+            call: a machine that gets busy does so for all. Sampling has warmed them up.
         keep: the most steps whose inputs are kept for the comparison step by step, evenly spaced.
         progress: progress(what, done, total) as the work goes on.
 
@@ -109,13 +109,13 @@ def evaluate(
     show = progress or (lambda what, done, total: None)
     tape = Tape(keep)
     with require("torch").no_grad():
-        traces = sample_all(models, sample, rounds, tape, show)
+        traces = sample_all(models, sample, tape, show)
         for name, found in traces.items():
-            check(name, found[0], prompts)
-        errors = replay_all(models, tape, show)
-    reference = next(iter(traces.values()))[0]
+            check(name, found, prompts)
+        replays = replay_all(models, tape, rounds, show)
+    reference = next(iter(traces.values()))
     first, *others = (
-        make_run(name, found, models[name][1], reference.pictures, errors[name])
+        make_run(name, found, models[name][1], reference.pictures, replays[name])
         for name, found in traces.items()
     )
     return Evaluation(first, tuple(others), tuple(prompts), tuple(reference.timesteps), machine())
@@ -161,10 +161,13 @@ class Call:
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
     output: np.ndarray[Any, Any]
 
-    def repeat(self, model: Model) -> np.ndarray[Any, Any]:
-        """The first output of `model` on the same arguments."""
+    def repeat(self, model: Model) -> tuple[float, np.ndarray[Any, Any]]:
+        """How long `model` takes on the same arguments (seconds), and its first output."""
         args, kwargs = tree_map(restored, self.arguments)
-        return first_output(model(*args, **kwargs))
+        start = time.perf_counter()
+        output = model(*args, **kwargs)
+        wait_for(output)
+        return time.perf_counter() - start, first_output(output)
 
 
 @dataclass
@@ -190,22 +193,19 @@ class Tape:
 
 @dataclass
 class Trace:
-    """A model that is timed, and taped if asked, while a sampler calls it."""
+    """A model that is watched, and taped if asked, while a sampler calls it."""
 
     model: Model
     tape: Tape | None = None
-    seconds: list[float] = field(default_factory=list)  # in the model, by step
+    calls: int = 0
     timesteps: list[float] = field(default_factory=list)
     pictures: Any = None  # float32 in [-1, 1], (n, 3, h, w)
-    _spent: float = 0.0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model gives, timed."""
-        start = time.perf_counter()
+        """What the model gives."""
         output = self.model(*args, **kwargs)
-        wait_for(output)
-        self._spent += time.perf_counter() - start
-        step = len(self.seconds)
+        self.calls += 1
+        step = len(self.timesteps)
         if self.tape is not None and self.tape.wants(step):
             call = Call(tree_map(stored, (args, kwargs)), first_output(output))
             self.tape.add(step, call)
@@ -219,8 +219,6 @@ class Trace:
     def on_step(self, index: int, timestep: Any, output: Any) -> None:
         """The sampler is through with a step."""
         self.timesteps.append(float(timestep))
-        self.seconds.append(self._spent)
-        self._spent = 0.0
 
     def sample(self, sample: Sampler) -> Trace:
         """Itself, after sampling."""
@@ -254,22 +252,14 @@ def as_array(value: Any) -> np.ndarray[Any, Any]:
 
 
 def sample_all(
-    models: Mapping[str, tuple[Model, float]],
-    sample: Sampler,
-    rounds: int,
-    tape: Tape,
-    show: Progress,
-) -> dict[str, list[Trace]]:
-    """Every model's traces, one a round; the reference's first trajectory goes on the tape."""
-    names, total = list(models), rounds * len(models)
-    traces: dict[str, list[Trace]] = {name: [] for name in names}
-    show("sample", 0, total)
-    for turn in range(total):
-        lap, place = divmod(turn, len(names))
-        name = names[place] if lap % 2 == 0 else names[-1 - place]
-        trace = Trace(models[name][0], tape if turn == 0 else None)
-        traces[name].append(trace.sample(sample))
-        show("sample", turn + 1, total)
+    models: Mapping[str, tuple[Model, float]], sample: Sampler, tape: Tape, show: Progress
+) -> dict[str, Trace]:
+    """Every model's trace; the reference's calls, which come first, go on the tape."""
+    traces: dict[str, Trace] = {}
+    show("sample", 0, len(models))
+    for name, (model, _) in models.items():
+        traces[name] = Trace(model, None if traces else tape).sample(sample)
+        show("sample", len(traces), len(models))
     return traces
 
 
@@ -286,60 +276,62 @@ def check(name: str, trace: Trace, prompts: Sequence[str]) -> None:
             f"evaluate: with {name}, sample returned shape {shape}; expected ({len(prompts)}, 3, "
             "height, width), one picture for each prompt"
         )
-    if not trace.seconds or not any(trace.seconds):
+    if not trace.timesteps or not trace.calls:
         raise InputError(
             f"evaluate: with {name}, sample did not call the model that it was handed, or not "
             "on_step(index, timestep, output) after it"
         )
 
 
+@dataclass
+class Replay:
+    """One model on the reference's inputs: seconds of each step, and SQNR (dB) by step."""
+
+    seconds: list[float] = field(default_factory=list)
+    errors: dict[int, float] = field(default_factory=dict)
+
+
 def replay_all(
-    models: Mapping[str, tuple[Model, float]], tape: Tape, show: Progress
-) -> dict[str, dict[int, float]]:
-    """SQNR (dB) of every model at every step of the tape, on the reference's inputs."""
-    total = len(tape.steps) * (len(models) - 1)
-    reference, *others = models
-    errors = {reference: dict.fromkeys(tape.steps, CEILING_DB)}
-    for turn, name in enumerate(others):
-        errors[name] = {}
-        for done, (step, calls) in enumerate(tape.steps.items(), 1):
-            errors[name][step] = step_error(models[name][0], calls)
-            show("compare steps", turn * len(tape.steps) + done, total)
-    return errors
+    models: Mapping[str, tuple[Model, float]], tape: Tape, rounds: int, show: Progress
+) -> dict[str, Replay]:
+    """Every model at every step of the tape, in turns; every other step in reverse order."""
+    replays = {name: Replay() for name in models}
+    total = rounds * len(tape.steps)
+    for turn in range(total):
+        step, calls = list(tape.steps.items())[turn % len(tape.steps)]
+        for name in list(models)[:: 1 if turn % 2 == 0 else -1]:
+            seconds, replays[name].errors[step] = repeat_step(models[name][0], calls)
+            replays[name].seconds.append(seconds)
+        show("time and compare", turn + 1, total)
+    return replays
 
 
-def step_error(model: Model, calls: Sequence[Call]) -> float:
-    """SQNR (dB) over all the calls of one step."""
+def repeat_step(model: Model, calls: Sequence[Call]) -> tuple[float, float]:
+    """Seconds, and SQNR (dB), over all the calls of one step."""
     expected = [call.output.ravel() for call in calls]
-    found = [call.repeat(model).ravel() for call in calls]
-    return sqnr_db(np.concatenate(expected), np.concatenate(found))
+    seconds, found = zip(*(call.repeat(model) for call in calls), strict=True)
+    outputs = np.concatenate([output.ravel() for output in found])
+    return sum(seconds), sqnr_db(np.concatenate(expected), outputs)
 
 
 def make_run(
     name: str,
-    traces: Sequence[Trace],
+    trace: Trace,
     megabytes: float,
     reference: np.ndarray[Any, Any],
-    errors: Mapping[int, float],
+    replay: Replay,
 ) -> Run:
     """The figures of one model."""
-    pictures, steps = traces[0].pictures, len(traces[0].seconds)
+    pictures, steps = trace.pictures, len(trace.timesteps)
     pairs = zip(reference, pictures, strict=True)
     return Run(
         name=name,
-        ms_per_step=1000 * median_seconds([trace.seconds for trace in traces]),
+        ms_per_step=1000 * statistics.median(replay.seconds),
         megabytes=megabytes,
         pictures=to_pixels(pictures),
         psnr_db=picture_db(reference, pictures),
         psnr_each=tuple(picture_db(expected, found) for expected, found in pairs),
-        step_sqnr_db=tuple(errors.get(step) for step in range(steps)),
-    )
-
-
-def median_seconds(rounds: Sequence[Sequence[float]]) -> float:
-    """The median step, the first of each round left out where there are others."""
-    return statistics.median(
-        seconds for steps in rounds for seconds in (steps[1:] if len(steps) > 1 else steps)
+        step_sqnr_db=tuple(replay.errors.get(step) for step in range(steps)),
     )
 
 

@@ -1,6 +1,7 @@
 """Evaluation by hand count: a tiny network against a perturbed copy whose error is known."""
 
 import json
+import time
 from typing import ClassVar
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from effuse.errors import InputError
-from effuse.evaluate import CPUINFO, Call, Tape, evaluate, median_seconds, picture_db, to_pixels
+from effuse.evaluate import CPUINFO, Call, Tape, evaluate, picture_db, to_pixels
 from effuse.metrics import psnr_db, sqnr_db
 
 PROMPTS = ("one", "two")
@@ -99,24 +100,31 @@ def test_pixels():
     ]  # fmt: skip
 
 
-def test_the_first_step_of_a_round_is_not_timed():
-    assert median_seconds([[9.0, 1.0, 2.0], [9.0, 3.0, 4.0]]) == 2.5
-    assert median_seconds([[9.0], [1.0]]) == 5.0
-
-
-def test_models_take_turns_and_sample_equally_often():
-    nets = {name: Net() for name in "abc"}
+def test_models_take_turns_call_by_call_after_sampling():
     order = []
-    sample = sampler()
 
-    def watched(model, on_step):
-        order.append(next(name for name, net in nets.items() if net is model.model))
-        return sample(model, on_step)
+    class Named(Net):
+        def forward(self, sample, timestep, return_dict=False):
+            order.append(self.name)
+            return super().forward(sample, timestep, return_dict)
 
-    run(nets, watched, rounds=2)
-    assert "".join(order) == "abccba"
-    assert nets["a"].calls == 2 * STEPS
-    assert nets["b"].calls == 3 * STEPS  # two rounds, and the reference's inputs
+    nets = {name: Named() for name in "abc"}
+    for name, net in nets.items():
+        net.name = name
+    run(nets, rounds=2)
+    sampling, turns = "".join(order[: 3 * STEPS]), "".join(order[3 * STEPS :])
+    assert sampling == "a" * STEPS + "b" * STEPS + "c" * STEPS
+    assert turns == ("abccba" * STEPS)[: 6 * STEPS]
+
+
+def test_the_median_of_a_model_is_its_own():
+    class Slow(Net):
+        def forward(self, sample, timestep, return_dict=False):
+            time.sleep(0.02)
+            return super().forward(sample, timestep, return_dict)
+
+    found = run({"quick": Net(), "slow": Slow()})
+    assert found.runs[0].ms_per_step > 20 and found.speedup(found.runs[0]) < 1
 
 
 def test_speedup_and_json_without_pixels():
@@ -166,8 +174,8 @@ def test_infinite_outputs_are_no_good_pictures():
 def test_progress_ends_where_it_said():
     seen = []
     run({"a": Net(), "b": Net()}, progress=lambda *now: seen.append(now))
-    assert seen[0] == ("sample", 0, 4) and ("sample", 4, 4) in seen
-    assert seen[-1] == ("compare steps", STEPS, STEPS)
+    assert seen[0] == ("sample", 0, 2) and ("sample", 2, 2) in seen
+    assert seen[-1] == ("time and compare", 2 * STEPS, 2 * STEPS)
 
 
 @pytest.mark.parametrize(
