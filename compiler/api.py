@@ -142,7 +142,8 @@ def compile(
     Raises:
         EffuseError: what exactly went wrong, and the way out; nothing is left behind.
     """
-    require("torch")
+    for library in ("torch", "pydantic", "rich"):
+        require(library)
     from effuse import build
     from effuse.config import resolve
     from effuse.progress import phases
