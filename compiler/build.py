@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from effuse import __version__, artifact
-from effuse.calibrate import calibrate, step_values
+from effuse.calibrate import calibrate, layer_values
 from effuse.capture import capture
 from effuse.config import Config
 from effuse.cost import part_costs, rate_costs
@@ -135,7 +135,7 @@ def rewrite(program: Program, config: Config, feed: Any, show: Phases) -> Progra
             return calibrate(
                 current,
                 feed,
-                step_values,
+                layer_values,
                 groups=config.step_groups,
                 seed=config.seed,
                 progress=show,
