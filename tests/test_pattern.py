@@ -251,6 +251,19 @@ def test_what_a_rewrite_left_behind_counts_as_no_user():
     assert rewrite(graph, (double,), Log()) == 0
 
 
+def test_a_dead_operand_keeps_no_later_place_from_matching():
+    drop = Rule("drop", "", lambda op, a, b: op.add(op.sin(a), b), lambda emit, a, b: b)
+
+    def net(x):
+        y = x.sin()
+        return y.sin() + x, y + x  # once the first sum is gone, y is read by the second alone
+
+    graph, _ = graph_of(net)
+    assert rewrite(graph, (drop,), Log()) == 2
+    assert calls(graph) == []
+
+
+@pytest.mark.filterwarnings("error")
 def test_a_shared_operand_is_removed_once():
     square = Rule("square", "", lambda op, x: op.mul(op.sin(x), op.sin(x)), lambda emit, x: x)
     graph, _ = graph_of(lambda x: (y := x.sin()) * y)
