@@ -98,6 +98,14 @@ def members_of(folder):
     return [(each.name, each.read_bytes()) for each in sorted(folder.iterdir())]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_temporary_folder(tmp_path_factory):
+    """Compilations of other processes come and go in the system's."""
+    system, tempfile.tempdir = tempfile.tempdir, str(tmp_path_factory.mktemp("temporary"))
+    yield
+    tempfile.tempdir = system
+
+
 def temporary():
     return {each.name for each in Path(tempfile.gettempdir()).glob("effuse-*")}
 
