@@ -332,3 +332,21 @@ def test_the_given_program_is_left_alone(net):
     run_passes(program, PASSES)
     assert text(program) == before
     assert set(program.weights) == names
+
+
+def test_many_crossing_values_come_in_the_graphs_order():
+    def forward(sample, timestep, prompt):
+        for power in range(1, 9):
+            t = (timestep.float() * power).cos()[:, None]
+            sample = sample * t + (prompt * power).sin() * t
+        return sample
+
+    inputs = {"sample": torch.randn(1, 4), "timestep": torch.tensor([7]), "prompt": torch.ones(1)}
+    texts = {text(hoisted(forward, inputs, timesteps=None)[1]) for _ in range(3)}
+    assert len(texts) == 1
+    _, result = hoisted(forward, inputs, timesteps=None)
+    assert len(result.part("schedule").outputs) == len(result.part("prompt").outputs) == 8
+    for part in result.parts[:-1]:
+        order = [node.name for node in part.graph.nodes]
+        returned = [node.name for node in part.graph.output_node().args[0]]
+        assert returned == sorted(returned, key=order.index)
