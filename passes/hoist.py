@@ -294,16 +294,17 @@ def _read_table(
         row = emit(graph, aten.index_select.default, stored, 0, step, like=place)
         row = emit(graph, aten.squeeze.dim, row, 0, like=place)
         if [str(size) for size in value_of(row).shape] != [str(size) for size in wanted]:
-            sizes = [_size(graph, size) for size in wanted]
+            others = [node for node in inputs(graph) if node is not place]
+            sizes = [_size(graph, size, others) for size in wanted]
             row = emit(graph, aten.expand.default, row, sizes, like=place)
     substitute(place, row)
 
 
-def _size(graph: fx.Graph, size: Any) -> Any:
-    """A number as it is, an open size as read from an input that has it."""
+def _size(graph: fx.Graph, size: Any, places: list[fx.Node]) -> Any:
+    """A number as it is, an open size as read from one of `places` that has it."""
     if isinstance(size, int):
         return size
-    for node in inputs(graph):
+    for node in places:
         for axis, other in enumerate(value_of(node).shape):
             if str(other) == str(size):
                 return emit(graph, aten.sym_size.int, node, axis)

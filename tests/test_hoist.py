@@ -255,9 +255,6 @@ def test_an_open_batch_is_read_from_the_latent_and_tables_hold_one_row():
         assert torch.equal(run_program(result, given)[0], run_program(program, given)[0])
 
 
-@pytest.mark.xfail(
-    strict=True, raises=VerifyError, reason="_read_table reads the size from what it replaces"
-)
 def test_a_conditioning_part_with_an_open_batch():
     """The part reads no latent, so that the open size has to come from what it is handed."""
     torch.manual_seed(0)
