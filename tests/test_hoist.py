@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from effuse.backends.reference import session
 from effuse.capture import capture
 from effuse.dump import dump
-from effuse.errors import PassError, VerifyError
+from effuse.errors import PassError
 from effuse.graph import calls
 from effuse.pass_manager import run_passes
 from effuse.passes import Canonicalize, Hoist
