@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,6 @@ from effuse.pass_manager import run_passes
 from effuse.passes import Canonicalize, Hoist
 from effuse.program import Program, run_program
 from effuse.verify import relative_error
-
-diffusers = pytest.importorskip("diffusers")
 
 # pytest's log capture makes torch.export write its trace of every symbol, at ten times the time.
 logging.getLogger("torch.__trace").disabled = True

@@ -1,5 +1,6 @@
 """Costs by hand count, rates on nets with known parameter counts, and targets by name."""
 
+import importlib
 import json
 import time
 from pathlib import Path
@@ -184,8 +185,6 @@ def test_buffers_count_without_names():
 
 
 def test_inputs_are_derived():
-    pytest.importorskip("diffusers")
-    pytest.importorskip("effuse.examples")
     found = inspect_network(resolve(str(EMOJI), {}))
     roles = [role for _, role, _, _ in found.rows]
     assert roles.count("latent") == 1 and roles.count("timestep") == 1
@@ -224,9 +223,9 @@ def test_roles_can_be_given():
 
 
 def test_hoisted_parts_cost_what_the_whole_does():
-    hoist = pytest.importorskip("effuse.passes.hoist")
-    base = pytest.importorskip("effuse.passes.base")
-    log = pytest.importorskip("effuse.log")
+    hoist = importlib.import_module("effuse.passes.hoist")
+    base = importlib.import_module("effuse.passes.base")
+    log = importlib.import_module("effuse.log")
     program = capture(Rates().eval(), rates_inputs())
     parts = hoist.split(program, base.Work(log=log.Log())).parts
     assert [part.name for part in parts] == ["schedule", "prompt", "conditioning", "full"]
@@ -275,13 +274,11 @@ BAD_TARGETS = {
 
 @pytest.mark.parametrize("target", BAD_TARGETS)
 def test_bad_targets(target):
-    pytest.importorskip("diffusers")
     with pytest.raises(ConfigError, match=BAD_TARGETS[target]):
         resolve(target, {})
 
 
 def test_bad_settings():
-    pytest.importorskip("diffusers")
     with pytest.raises(ConfigError, match="did you mean 'num_layers'"):
         resolve("diffusers.FluxTransformer2DModel", {"num_layer": 2})
     with pytest.raises(ConfigError, match="cannot be built"):
@@ -289,7 +286,6 @@ def test_bad_settings():
 
 
 def test_bad_files(tmp_path):
-    pytest.importorskip("diffusers")
     with pytest.raises(ConfigError, match="cannot be read"):
         resolve(str(tmp_path), {})
     (tmp_path / "config.json").write_text('{"act_fn": "silu"}')
@@ -304,7 +300,6 @@ def test_bad_files(tmp_path):
 
 
 def test_resolve_a_saved_folder():
-    pytest.importorskip("diffusers")
     model = resolve(str(EMOJI), {})
     assert not model.training
     assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
@@ -312,7 +307,6 @@ def test_resolve_a_saved_folder():
 
 
 def test_load_a_saved_folder(tmp_path):
-    pytest.importorskip("diffusers")
     model = load_folder(EMOJI)
     assert not model.training and not any(t.is_meta for t in model.parameters())
     (tmp_path / "config.json").write_text((EMOJI / "config.json").read_text())
@@ -339,7 +333,6 @@ def eager_flops(model, inputs):
 
 
 def test_scaled_down_flux():
-    pytest.importorskip("diffusers")
     heads = {"num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": [4, 6, 6]}
     layers = {"num_layers": 2, "num_single_layers": 4}
     sizes = {"joint_attention_dim": 48, "pooled_projection_dim": 24, "in_channels": 16}
@@ -369,7 +362,6 @@ def test_scaled_down_flux():
 
 
 def test_scaled_down_sdxl():
-    pytest.importorskip("diffusers")
     small = {
         "block_out_channels": [32, 64, 128],
         "transformer_layers_per_block": [1, 1, 2],
@@ -401,7 +393,6 @@ def test_scaled_down_sdxl():
 
 
 def test_dit_xl_2_at_full_size():
-    pytest.importorskip("diffusers")
     start = time.perf_counter()
     model = resolve(str(CONFIGS / "dit-xl-2.json"), {})
     inputs = {
