@@ -11,8 +11,6 @@ from typer.core import TyperGroup
 from effuse.cli_text import complain
 from effuse.errors import EffuseError
 
-INTERRUPTED = 130
-
 Artifact = Annotated[str, typer.Argument(metavar="ARTIFACT", help="A folder or zip from compile.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder from save_pretrained.")]
 ConfigName = Annotated[
@@ -46,7 +44,7 @@ class Verbs(TyperGroup):
         return super().parse_args(ctx, [each for each in args if each != "--debug"])
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the verb; 1 after an error, 130 after Ctrl-C."""
+        """Run the verb; 1 after an error."""
         try:
             return super().invoke(ctx)
         except EffuseError as error:
@@ -54,6 +52,3 @@ class Verbs(TyperGroup):
                 raise
             complain(error)
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            typer.echo("interrupted", err=True)
-            raise typer.Exit(INTERRUPTED) from None
