@@ -219,7 +219,8 @@ def fitted_to(
     """The best schedule with the fewest full steps whose relative error is at most `error`.
 
     Relative is sqrt(fitted_error / sum_i weights_i |F_i|^2), a ratio of norms; what lies under
-    about 1e-7, more where a forecast reaches far, is rounding. The other arguments are those of `fitted`.
+    about 1e-7, more where a forecast reaches far, is rounding. The other arguments are those of
+    `fitted`.
 
     Raises:
         ConfigError: an argument is out of range.
