@@ -94,6 +94,7 @@ def test_interval_one_is_every_step(steps, data):
         ((50, 10, 15, 1.4), True, (0, 5, 9, 13, 17, 21, 26, 31, 37, 43)),
         ((50, 5, 15, 1.4), True, (0, 9, 17, 26, 37)),
         ((50, 10, 10, 1.2), True, (0, 5, 9, 12, 16, 21, 26, 32, 38, 43)),
+        ((20, 6, 1, 1.5), True, (0, 1, 3, 7, 10, 15)),  # only with the ends dropped after merging
         (
             (250, 13, 120, 1.5),
             True,
