@@ -57,9 +57,13 @@ class TorchArrays:
         """A copy."""
         return value.clone()
 
-    def index(self, step: int) -> Any:
-        """The step index as a tensor."""
-        return torch.tensor([step])
+    def floats(self, value: Any) -> np.ndarray[Any, Any]:
+        """The values as a float32 numpy array."""
+        return np.asarray(value.float())
+
+    def array(self, value: np.ndarray[Any, Any]) -> Any:
+        """A numpy array as a tensor."""
+        return torch.from_numpy(value)
 
 
 def available() -> str | None:
@@ -71,9 +75,14 @@ def session(
     program: Program,
     observe: Observe | None = None,
     begin: Callable[[Mapping[str, Any], int | None], None] | None = None,
+    enter: Callable[[Part, Mapping[str, Any]], None] | None = None,
 ) -> Session:
-    """A Session over the program's graphs; `observe(part, node, value)` sees every value."""
-    runs = {part.name: _runner(part, program.weights, observe) for part in program.parts}
+    """A Session over the program's graphs.
+
+    `observe(part, node, value)` sees every value, `begin(inputs, index)` every call of the
+    network, `enter(part, inputs)` every run of a part.
+    """
+    runs = {part.name: _runner(part, program.weights, observe, enter) for part in program.parts}
     if begin is None:
         return Session(program.spec(), runs, TorchArrays())
     return _Watched(program, runs, begin)
@@ -94,10 +103,17 @@ class _Watched(Session):
         return super().step(values)
 
 
-def _runner(part: Part, weights: Weights, observe: Observe | None) -> Run:
+def _runner(
+    part: Part,
+    weights: Weights,
+    observe: Observe | None = None,
+    enter: Callable[[Part, Mapping[str, Any]], None] | None = None,
+) -> Run:
     watch = None if observe is None else (lambda node, value: observe(part, node, value))
 
     def run(values: Mapping[str, Any]) -> tuple[Any, ...]:
+        if enter is not None:
+            enter(part, values)
         with torch.no_grad():
             return evaluate(part.graph, weights, values, watch)
 
@@ -132,5 +148,5 @@ def load_session(spec: ProgramSpec, folder: Path) -> Session:
     runs = {}
     for part in spec.parts:
         graph = graph_from_json(graphs[part.name])
-        runs[part.name] = _runner(Part(part.name, part.depends, graph, part.outputs), weights, None)
+        runs[part.name] = _runner(Part(part.name, part.depends, graph, part.outputs), weights)
     return Session(spec, runs, TorchArrays())

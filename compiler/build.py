@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from effuse import __version__, artifact
-from effuse.calibrate import calibrate, layer_values
+from effuse.calibrate import calibrate, drive, layer_values
 from effuse.capture import capture
 from effuse.config import Config
 from effuse.cost import part_costs, rate_costs
@@ -35,6 +35,7 @@ from effuse.roles import TIMESTEP_NAMES
 from effuse.runtime import Session
 from effuse.statistics import Calibration
 from effuse.verify import relative_error
+from effuse.watch import Watch
 
 NUDGE = 1e-6  # relative: a few float32 roundings, as kernels differ from each other
 EXACT_DB = {"float32": 90.0, "float64": 90.0, "float16": 45.0}  # rounding alone, by dtype
@@ -141,11 +142,16 @@ def rewrite(program: Program, config: Config, feed: Any, show: Phases) -> Progra
                 progress=show,
             )
 
+    def run_sampling(current: Program, watch: Watch) -> None:
+        with show.phase("calibrate"):
+            drive(current, feed, watch, seed=config.seed, progress=show)
+
     folder = os.environ.get("EFFUSE_DUMP")
     return run_passes(
         program,
         (Canonicalize(), *config.passes),
         run_calibration,
+        drive=run_sampling,
         fuel=fuel_from_environment(),
         dump_to=Path(folder) if folder else None,
         progress=show,

@@ -11,22 +11,23 @@ from torch import fx
 from effuse.errors import CalibrationError
 from effuse.plan import Rate, Role
 from effuse.program import Part, Program
-from effuse.statistics import Calibration, Statistics
+from effuse.statistics import Calibration, Probes, Statistics
+from effuse.watch import Watch
 
 LAYERS = (torch.ops.aten.linear.default, torch.ops.aten.conv2d.default)
 PROBES = 4  # whole input sets kept for measuring layers, spread over the run
 
 Feed = Callable[[Any], None] | Iterable[Mapping[str, Any]] | None
+Progress = Callable[[str, int, int], None]
 
 
-class Recorder:
-    """Watches a reference session: ranges of the values that `wanted` picks, and probes."""
+class Recorder(Watch):
+    """Keeps ranges of the values that `wanted` picks, and probes of every part."""
 
     def __init__(self, program: Program, wanted: Callable[[Part, fx.Node], bool], groups: int):
         self.statistics = Statistics(groups)
         self.calls = 0
-        self.probes: list[dict[str, torch.Tensor]] = []
-        self._every = 1
+        self.probes = {part.name: Probes(PROBES) for part in program.parts}
         self._names = {
             (part.name, node.name)
             for part in program.parts
@@ -36,17 +37,16 @@ class Recorder:
         self._times = program.timesteps
 
     def begin(self, values: Mapping[str, torch.Tensor], index: int | None) -> None:
-        """A call of the network starts."""
+        """Count the call, and find its group of timesteps."""
         self._group = self._group_of(index)
-        if self.calls % self._every == 0:
-            self.probes.append({name: value.clone() for name, value in values.items()})
-            if len(self.probes) >= 2 * PROBES:  # thin out, so that they stay evenly spread
-                self.probes = self.probes[::2]
-                self._every *= 2
         self.calls += 1
 
+    def enter(self, part: Part, values: Mapping[str, torch.Tensor]) -> None:
+        """Keep the part's inputs now and then."""
+        self.probes[part.name].add({name: values[name] for name in part.inputs})
+
     def observe(self, part: Part, node: fx.Node, value: Any) -> None:
-        """One computed value."""
+        """Widen the value's range."""
         if (part.name, node.name) not in self._names or not torch.is_tensor(value):
             return
         try:
@@ -63,15 +63,9 @@ class Recorder:
         return index * self.statistics.groups // len(self._times)
 
     def finish(self) -> Calibration:
-        """The calibration, if there was any."""
-        if not self.calls:
-            raise CalibrationError(
-                "calibration yielded nothing: the network was not called once; hand a run(model) "
-                "that samples with the model it is given, or a non-empty iterable of inputs"
-            )
-        count, last = min(PROBES, len(self.probes)), len(self.probes) - 1
-        chosen = (self.probes[index * last // max(1, count - 1)] for index in range(count))
-        return Calibration(self.statistics, tuple(chosen), self.calls)
+        """The calibration."""
+        probes = {name: each.chosen() for name, each in self.probes.items()}
+        return Calibration(self.statistics, probes, self.calls)
 
 
 def calibrate(
@@ -81,32 +75,55 @@ def calibrate(
     *,
     groups: int = 10,
     seed: int = 0,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Progress = lambda what, done, total: None,
 ) -> Calibration:
-    """Run `feed` through the program in `reference`, and return what was seen.
+    """Run `feed` through the program in `reference`, as its plan says; return what was seen.
+
+    Raises:
+        CalibrationError: nothing was run, or a value was not finite.
+    """
+    recorder = Recorder(program, wanted, groups)
+    drive(program, feed, recorder, seed=seed, progress=progress)
+    return recorder.finish()
+
+
+def drive(
+    program: Program,
+    feed: Feed,
+    watch: Watch,
+    *,
+    seed: int = 0,
+    progress: Progress = lambda what, done, total: None,
+) -> None:
+    """Run `feed` through the program in `reference`, as its plan says, under the eyes of `watch`.
 
     `feed` is run(model), or an iterable of input mappings, or None: then trajectories are sampled
     from noise over the schedule, with the example inputs as prompts.
 
     Raises:
-        CalibrationError: nothing was run, or a value was not finite.
+        CalibrationError: nothing was run.
     """
     from effuse.backends.reference import session  # the oracle runs the calibration
 
-    recorder = Recorder(program, wanted, groups)
-    total = len(program.timesteps or ()) or 0
+    calls = 0
 
     def begin(values: Mapping[str, torch.Tensor], index: int | None) -> None:
-        recorder.begin(values, index)
-        progress("calibrate", recorder.calls, max(total, recorder.calls))
+        nonlocal calls
+        calls += 1
+        watch.begin(values, index)
+        progress("calibrate", calls, max(len(program.timesteps or ()), calls))
 
-    model = session(program, observe=recorder.observe, begin=begin)
+    model = session(program, observe=watch.observe, begin=begin, enter=watch.enter)
     if callable(feed):
         feed(model)
     else:
         for inputs in trajectory(program, seed) if feed is None else feed:
             model(**inputs)
-    return recorder.finish()
+    if not calls:
+        raise CalibrationError(
+            "calibration yielded nothing: the network was not called once; hand a run(model) "
+            "that samples with the model it is given, or a non-empty iterable of inputs"
+        )
 
 
 def trajectory(program: Program, seed: int) -> Iterable[Mapping[str, Any]]:

@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from effuse.arguments import digest
 from effuse.capture_checks import (
     check_model,
     check_random,
@@ -35,7 +36,6 @@ from effuse.plan import ROLE_DEPENDS, Dim, Input, Role
 from effuse.program import Part, Program
 from effuse.rates import dependences
 from effuse.roles import infer_roles
-from effuse.runtime import digest
 
 WEIGHT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 

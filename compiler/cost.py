@@ -17,7 +17,6 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
 from effuse.graph import Weights, calls
-from effuse.kernels import dynamic
 from effuse.plan import Depends, Rate
 from effuse.program import Part, Program, used_weights
 from effuse.rates import dependences
@@ -27,12 +26,12 @@ Shape = tuple[int, ...]
 aten = torch.ops.aten
 
 
-def _matmul(x: Shape, *_: Any, out_val: Shape, **__: Any) -> int:
+def matmul_flops(x: Shape, *_: Any, out_val: Shape, **__: Any) -> int:
     """Each output element is a sum over the last axis of x."""
     return 2 * prod(out_val) * x[-1]
 
 
-def _conv(x: Shape, weight: Shape, *_: Any, out_val: Shape, **__: Any) -> int:
+def conv_flops(x: Shape, weight: Shape, *_: Any, out_val: Shape, **__: Any) -> int:
     """Each output element is a sum over a filter of (in / groups, *kernel)."""
     return 2 * prod(out_val) * prod(weight[1:])
 
@@ -49,18 +48,16 @@ def _attention(query: Shape, key: Shape, *_: Any, out_val: Shape, **__: Any) -> 
 
 # What torch.utils.flop_counter has no formula for, since it counts below these ops.
 FORMULAS: dict[Any, Callable[..., int]] = {
-    aten.linear: _matmul,
-    aten.matmul: _matmul,
-    aten.conv1d: _conv,
-    aten.conv2d: _conv,
-    aten.conv3d: _conv,
+    aten.linear: matmul_flops,
+    aten.matmul: matmul_flops,
+    aten.conv1d: conv_flops,
+    aten.conv2d: conv_flops,
+    aten.conv3d: conv_flops,
     aten.conv_transpose1d: _conv_transpose,
     aten.conv_transpose2d: _conv_transpose,
     aten.conv_transpose3d: _conv_transpose,
     aten.scaled_dot_product_attention: _attention,
-    dynamic.linear_dynamic._opoverload.overloadpacket: _matmul,
-    dynamic.conv2d_dynamic._opoverload.overloadpacket: _conv,
-}
+}  # effuse's own ops add theirs where they are defined
 
 
 def node_flops(node: fx.Node) -> int:

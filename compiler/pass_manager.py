@@ -17,7 +17,8 @@ from effuse.passes.base import Pass, Work
 from effuse.plan import to_json
 from effuse.program import Program, Record
 from effuse.statistics import Calibration
-from effuse.verify import compare, exact_bound, verify
+from effuse.verify import check_variants, compare, exact_bound, verify
+from effuse.watch import Watch
 
 Progress = Callable[[str, int, int], None]
 
@@ -27,6 +28,7 @@ def run_passes(
     passes: Sequence[Pass],
     calibrate: Callable[[Program], Calibration] | None = None,
     *,
+    drive: Callable[[Program, Watch], None] | None = None,
     fuel: int | None = None,
     dump_to: Path | None = None,
     progress: Progress = lambda what, done, total: None,
@@ -34,7 +36,8 @@ def run_passes(
     """Run `passes` one after another, each one verified.
 
     `fuel` stops rewriting after so many rewrites; `dump_to` gets the text of the graphs after each
-    pass. `calibrate` is called once, by the first pass that needs statistics.
+    pass. `calibrate` is called once, by the first pass that needs statistics; `drive` samples with
+    a program under the eyes of a pass.
 
     Raises:
         PassError: a pass does not apply to this program.
@@ -49,7 +52,7 @@ def run_passes(
         if each.calibrates and calibration is None and calibrate is not None:
             calibration = calibrate(program)
         log = Log(fuel)
-        program = run_pass(program, each, Work(log, calibration, progress), done)
+        program = run_pass(program, each, Work(log, calibration, drive, progress), done)
         fuel = log.fuel
         done.append(each.name)
         _dump(program, dump_to, number, each.name)
@@ -69,6 +72,8 @@ def run_pass(program: Program, each: Pass, work: Work, before: list[str]) -> Pro
     if (failed := each.ensures(result)) and not starved:
         raise VerifyError(f"{each.name} does not hold what it promises: {failed}")
     verify(result, done)
+    if problem := check_variants(result):
+        raise VerifyError(f"{each.name}: {problem}")
     measured = compare(result)
     error, ratio = measured or (None, None)
     if each.exact and error is not None and not _lossy_before(program):

@@ -53,6 +53,7 @@ ROLE_DEPENDS = {
 }
 
 STEP_INPUT = "step_index"  # int64 scalar: the position in the schedule, for graphs that hold tables
+FORECAST_INPUT = "forecast"  # float32, (depth,): weights of the slots' past values, latest first
 
 Dim = int | str  # a size, or the name of a symbolic one
 
@@ -76,11 +77,17 @@ class Input:
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor kept between steps: filled by one variant, read by another."""
+    """A tensor kept between steps: an output of one variant, an input of another."""
 
     name: str
     shape: tuple[Dim, ...]
     dtype: str
+    depth: int = 1  # how many of its last values are kept
+
+    @property
+    def past(self) -> tuple[str, ...]:
+        """The inputs by which a variant reads the kept values, latest first."""
+        return tuple(f"{self.name}_{age}" for age in range(self.depth))
 
 
 @dataclass(frozen=True)
@@ -100,11 +107,33 @@ class PartSpec:
 
 @dataclass(frozen=True)
 class PlanStep:
-    """One step: the variant that runs, the slots that it fills and those that it reads."""
+    """One step: the variant that runs, the slots that it fills and those that it reads.
+
+    What is read are the values that the steps `sources` filled, latest first, and no others;
+    `weights` combine them into a forecast. Empty: the plan's decision is made at run time, on the
+    latest value.
+    """
 
     variant: str
     fills: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
+    sources: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """When a step that reads slots may do so, decided at run time for each picture.
+
+    `signal` is an output of every variant; its change is mean|s - s'| / mean|s'|, s' from the last
+    refresh (First-Block Cache), or from the step before, added up since the last refresh, after
+    the polynomial (TeaCache). The picture is computed in full once that reaches the threshold.
+    """
+
+    signal: str
+    threshold: float
+    accumulate: bool = False
+    polynomial: tuple[float, ...] = ()  # highest power first; negative values count as 0
 
 
 @dataclass(frozen=True)
@@ -114,6 +143,7 @@ class Plan:
     default: str = "full"
     steps: tuple[PlanStep, ...] = ()
     slots: tuple[Slot, ...] = ()
+    decision: Decision | None = None
 
     def at(self, index: int | None) -> PlanStep:
         """The entry of step `index` (None: a timestep outside any schedule)."""
@@ -130,6 +160,11 @@ class Plan:
             when = f" t={timesteps[index]:g}" if index < len(timesteps) else ""
             fills = f"  fills {', '.join(step.fills)}" if step.fills else ""
             reads = f"  reads {', '.join(step.reads)}" if step.reads else ""
+            if step.sources:
+                reads += f" of {'step' if len(step.sources) == 1 else 'steps'} "
+                reads += ", ".join(str(source) for source in step.sources)
+            elif step.reads and self.decision is not None:
+                reads += f", unless {self.decision.signal} changed by {self.decision.threshold:g}"
             lines.append(f"step {index:3d}{when}: {step.variant}{fills}{reads}")
         return lines
 
@@ -181,12 +216,29 @@ def _plan(data: Mapping[str, Any]) -> Plan:
     return Plan(
         default=data["default"],
         steps=tuple(
-            PlanStep(step["variant"], tuple(step["fills"]), tuple(step["reads"]))
+            PlanStep(
+                step["variant"],
+                tuple(step["fills"]),
+                tuple(step["reads"]),
+                tuple(int(source) for source in step["sources"]),
+                tuple(float(weight) for weight in step["weights"]),
+            )
             for step in data["steps"]
         ),
         slots=tuple(
-            Slot(slot["name"], tuple(slot["shape"]), slot["dtype"]) for slot in data["slots"]
+            Slot(slot["name"], tuple(slot["shape"]), slot["dtype"], int(slot["depth"]))
+            for slot in data["slots"]
         ),
+        decision=_decision(data["decision"]),
+    )
+
+
+def _decision(data: Mapping[str, Any] | None) -> Decision | None:
+    if data is None:
+        return None
+    polynomial = tuple(float(each) for each in data["polynomial"])
+    return Decision(
+        str(data["signal"]), float(data["threshold"]), bool(data["accumulate"]), polynomial
     )
 
 

@@ -11,6 +11,7 @@ from torch import fx
 
 from effuse.graph import Weights, evaluate, inputs, outputs
 from effuse.plan import (
+    FORECAST_INPUT,
     ROLE_DEPENDS,
     STEP_INPUT,
     Depends,
@@ -111,7 +112,8 @@ class Program:
         for part in self.parts:
             if part.rate is not Rate.STEP:
                 found |= dict.fromkeys(part.outputs, part.depends)
-        return found | {slot.name: Depends.LATENT for slot in self.plan.slots}
+        found[FORECAST_INPUT] = Depends.TIMESTEP
+        return found | {name: Depends.LATENT for slot in self.plan.slots for name in slot.past}
 
     @property
     def symbolic(self) -> bool:
@@ -164,20 +166,46 @@ def run_program(
     values: Mapping[str, Any],
     observe: Any = None,
     weights: Weights | None = None,
+    variant: str | None = None,
 ) -> tuple[Any, ...]:
-    """One step of the program by the default variant, part after part, on real tensors.
+    """One step of the program, part after part, on real tensors: by the default variant, if none
+    is named. One that reads slots finds their past in `values` (see `same_step`).
 
     `observe(part, node, value)` sees every computed value.
     """
+    env = run_parts(program, values, observe, weights, variant)
+    return tuple(env[name] for name in program.outputs)
+
+
+def run_parts(
+    program: Program,
+    values: Mapping[str, Any],
+    observe: Any = None,
+    weights: Weights | None = None,
+    variant: str | None = None,
+) -> dict[str, Any]:
+    """All named values of one step: `values`, and what `run_program`'s parts give."""
     env = dict(values)
     env[STEP_INPUT] = torch.tensor([step_index(program, values)])
     for part in program.parts:
-        if part.rate is Rate.STEP and part.name != program.plan.default:
+        if part.rate is Rate.STEP and part.name != (variant or program.plan.default):
             continue
         watch = None if observe is None else _bind(observe, part)
         found = evaluate(part.graph, weights or program.weights, env, watch)
         env.update(zip(part.outputs, found, strict=True))
-    return tuple(env[name] for name in program.outputs)
+    return env
+
+
+def same_step(program: Program, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values`, with slots that the default variant has filled at this very step.
+
+    From these a variant that reads slots has to give what the default variant gives.
+    """
+    env = run_parts(program, values)
+    past = {name: env[slot.name] for slot in program.plan.slots for name in slot.past}
+    depth = max((slot.depth for slot in program.plan.slots), default=1)
+    latest = torch.tensor([1.0] + [0.0] * (depth - 1))
+    return {**values, **past, FORECAST_INPUT: latest}
 
 
 def _bind(observe: Any, part: Part) -> Any:

@@ -8,89 +8,22 @@ the same; the step program runs every time.
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from effuse.errors import InputError, nearest
-from effuse.plan import STEP_INPUT, Input, PartSpec, PlanStep, ProgramSpec, Rate, Role
+from effuse.arguments import bind, check_shapes, check_static, spread_timesteps
+from effuse.arrays import Arrays, NumpyArrays
+from effuse.errors import InputError
+from effuse.plan import FORECAST_INPUT, STEP_INPUT, PartSpec, PlanStep, ProgramSpec, Rate, Role
+from effuse.trajectory import Trajectories, read
 
 Run = Callable[[Mapping[str, Any]], Sequence[Any]]
 
 KEPT_RESULTS = 4  # per part: guidance as two calls alternates between two prompts
-
-
-class Arrays(Protocol):
-    """How a back end's arrays are read and made."""
-
-    def take(self, value: Any, item: Input) -> Any:
-        """`value` as the back end's array in the input's dtype, or an InputError."""
-
-    def give(self, value: Any, like: Any) -> Any:
-        """An output in the kind of array that the caller handed in as `like`."""
-
-    def same(self, one: Any, other: Any) -> bool:
-        """Whether two arrays hold the same values."""
-
-    def keep(self, value: Any) -> Any:
-        """A copy that the caller cannot change."""
-
-    def index(self, step: int) -> Any:
-        """The step index as the graphs take it: int64, shape (1,)."""
-
-
-class NumpyArrays:
-    """numpy in the graphs; numpy or torch tensors from the caller, given back in kind."""
-
-    def take(self, value: Any, item: Input) -> Any:
-        """`value` as a contiguous numpy array of the input's dtype."""
-        detached = value.detach().cpu() if hasattr(value, "detach") else value
-        try:
-            array = np.asarray(detached)
-        except (TypeError, ValueError):  # a tensor of a type that numpy has not, a ragged list
-            kind = getattr(value, "dtype", type(value).__name__)
-            raise InputError(f"{item.label}: expected {item.dtype}, got {kind}") from None
-        wanted = np.dtype(item.dtype)
-        if array.dtype != wanted:
-            array = _cast(array, wanted, item)
-        return np.ascontiguousarray(array).reshape(array.shape)
-
-    def give(self, value: Any, like: Any) -> Any:
-        """A torch tensor where the caller handed one in, else the numpy array."""
-        if not hasattr(like, "detach"):
-            return value
-        import torch  # the caller has it: a tensor came in
-
-        return torch.from_numpy(value).to(like.device)
-
-    def same(self, one: Any, other: Any) -> bool:
-        """Equal in shape and in every element."""
-        return one.shape == other.shape and bool(np.array_equal(one, other))
-
-    def keep(self, value: Any) -> Any:
-        """A copy."""
-        return value.copy()
-
-    def index(self, step: int) -> Any:
-        """The step index as an array."""
-        return np.array([step], dtype=np.int64)
-
-
-def _cast(array: Any, wanted: Any, item: Input) -> Any:
-    """Timesteps of another number type: to floats by rounding, to integers if nothing is lost."""
-    if array.dtype.kind in "biuf" and item.role is Role.TIMESTEP:
-        with np.errstate(all="ignore"):
-            cast = array.astype(wanted)
-        if wanted.kind == "f" or np.array_equal(cast.astype(np.float64), array.astype(np.float64)):
-            return cast
-    raise InputError(
-        f"{item.label}: expected {item.dtype}, got {array.dtype}; convert it before the call, "
-        f"or compile the network with example inputs of that type"
-    )
 
 
 class Output(Mapping[str, Any]):
@@ -139,6 +72,8 @@ class Session:
         self.spec = spec
         self._runs = runs
         self.arrays = arrays or NumpyArrays()
+        self.trajectories = Trajectories(spec, self.arrays)
+        self.steps: Counter[str] = Counter()  # how often each variant has run
         self._memory = {part.name: _Memory() for part in spec.parts if part.rate < Rate.STEP}
 
     @property
@@ -169,13 +104,40 @@ class Session:
         """Run one step on the back end's own arrays, by the inputs' names; the outputs by name."""
         index = self.step_index(values)
         env = dict(values)
-        env[STEP_INPUT] = self.arrays.index(index or 0)
-        entry = self.spec.plan.at(index)
+        env[STEP_INPUT] = self.arrays.array(np.array([index or 0], dtype=np.int64))
         for part in self.spec.parts:
             if part.rate < Rate.STEP:
                 env.update(zip(part.outputs, self._recall(part, env), strict=True))
-        self._run_variant(entry, env)
+        if index is None or not self.spec.plan.slots:
+            env |= self.run(self.spec.plan.at(index).variant, env)
+        else:
+            env |= self._continue(index, env)
         return {name: env[name] for name in self.spec.outputs}
+
+    def run(self, variant: str, env: Mapping[str, Any]) -> dict[str, Any]:
+        """The outputs of one variant, by name."""
+        part = self.spec.part(variant)
+        self.steps[variant] += 1
+        found = self._runs[variant]({name: env[name] for name in part.inputs})
+        return dict(zip(part.outputs, found, strict=True))
+
+    def reset(self) -> None:
+        """Forget what is kept between steps: the next call runs the full variant."""
+        self.trajectories.clear()
+
+    def _continue(self, index: int, env: Mapping[str, Any]) -> dict[str, Any]:
+        """The step as planned if the slots hold what the plan says, else the default variant."""
+        plan = self.spec.plan
+        trajectory = self.trajectories.follow(index, env)
+        entry = plan.at(index)
+        past = read(trajectory, plan, entry)
+        if past is None:
+            entry, past = PlanStep(plan.default), {}
+        if FORECAST_INPUT in past:
+            past[FORECAST_INPUT] = self.arrays.array(past[FORECAST_INPUT])
+        found = self.run(entry.variant, {**env, **past})
+        self.trajectories.keep(trajectory, entry.fills, found)
+        return found
 
     def step_index(self, values: Mapping[str, Any]) -> int | None:
         """Which step of the schedule a timestep is; None when there is no schedule.
@@ -220,11 +182,6 @@ class Session:
             memory.entries.popitem(last=False)
         return result
 
-    def _run_variant(self, entry: PlanStep, env: dict[str, Any]) -> None:
-        part = self.spec.part(entry.variant)
-        found = self._runs[part.name]({name: env[name] for name in part.inputs})
-        env.update(zip(part.outputs, found, strict=True))
-
     def _result(self, flat: list[Any], return_dict: bool) -> Any:
         if "return_dict" not in self.spec.parameters:
             return _unflatten(self.spec.result, flat)
@@ -248,168 +205,3 @@ def _unflatten(shape: Any, flat: Sequence[Any]) -> Any:
     if "dict" in shape:
         return {key: _unflatten(item, flat) for key, item in shape["dict"].items()}
     return tuple(_unflatten(item, flat) for item in shape["tuple"])
-
-
-def spread_timesteps(spec: ProgramSpec, values: Mapping[str, Any]) -> dict[str, Any]:
-    """One timestep as often as a network that takes a vector wants it, a constant vector as one.
-
-    Raises:
-        InputError: the network takes one timestep for the whole batch, and several are given.
-    """
-    sizes = {want: got for item in spec.inputs if item.role is not Role.TIMESTEP
-             for want, got in zip(item.shape, values[item.name].shape, strict=False)}  # fmt: skip
-    spread = {}
-    for item in spec.inputs:
-        flat = values[item.name].reshape(-1)
-        if item.role is not Role.TIMESTEP or len(item.shape) > 1:
-            continue
-        if not item.shape and len({float(time) for time in flat}) > 1:
-            raise InputError(
-                f"{item.label}: expected one timestep, got {len(flat)} that differ; compile with "
-                "an example timestep of shape (batch,)"
-            )
-        if not item.shape and len(flat):
-            spread[item.name] = flat[:1].reshape(())
-        elif item.shape and len(flat) == 1:
-            want = item.shape[0]
-            spread[item.name] = flat[[0] * (want if isinstance(want, int) else sizes.get(want, 1))]
-    return spread
-
-
-def bind(spec: ProgramSpec, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs' values by name, from the arguments of a call.
-
-    Raises:
-        InputError: an argument is unknown, missing, or was not captured.
-    """
-    if len(args) > len(spec.parameters):
-        raise InputError(f"expected at most {len(spec.parameters)} arguments, got {len(args)}")
-    given = dict(zip(spec.parameters, args, strict=False))
-    for name, value in kwargs.items():
-        if name in given:
-            raise InputError(f"{name}: given twice, by position and by name")
-        if name not in spec.parameters and name not in spec.constants:
-            raise InputError(f"no input is called {name!r}{nearest(name, spec.parameters)}")
-        given[name] = value
-    found = {}
-    for item in spec.inputs:
-        value = given
-        for key in item.path:
-            value = _child(value, key, item)
-        found[item.name] = value
-    for name, value in given.items():
-        _check_nested(spec, (name,), value)
-    _check_constants(spec, given)
-    return found
-
-
-def _child(value: Any, key: str, item: Input) -> Any:
-    try:
-        child = value[int(key)] if isinstance(value, (list, tuple)) else value[key]
-    except (KeyError, IndexError, TypeError):
-        child = None
-    if child is None:
-        raise InputError(
-            f"{item.label}: missing; this program needs it, of shape {describe_shape(item.shape)} "
-            f"and dtype {item.dtype}"
-        )
-    return child
-
-
-def _check_nested(spec: ProgramSpec, path: tuple[str, ...], value: Any) -> None:
-    """Refuse a tensor that stands in a mapping beside captured ones, but was not captured."""
-    captured = [item.path for item in spec.inputs if item.path[: len(path)] == path]
-    if isinstance(value, Mapping) and captured:
-        for key, child in value.items():
-            _check_nested(spec, (*path, str(key)), child)
-    elif len(path) > 1 and not captured and hasattr(value, "shape"):
-        known = [item.label for item in spec.inputs]
-        raise InputError(f"no input is called {'.'.join(path)!r}{nearest('.'.join(path), known)}")
-
-
-def _check_constants(spec: ProgramSpec, given: Mapping[str, Any]) -> None:
-    captured = {item.path[0] for item in spec.inputs}
-    for name, value in given.items():
-        if name in captured or name == "return_dict" or value is None:
-            continue
-        if name in spec.constants and _equal(spec.constants[name], value):
-            continue
-        was = f"captured as {spec.constants[name]!r}" if name in spec.constants else "not captured"
-        raise InputError(
-            f"{name}: {was}, got {type(value).__name__}; compile again with "
-            f"inputs={{…, {name!r}: …}}"
-        )
-
-
-def _equal(captured: Any, given: Any) -> bool:
-    """Whether an argument is what was captured; lists and tuples are one thing in a manifest."""
-    if isinstance(captured, (list, tuple)) and isinstance(given, (list, tuple)):
-        return len(captured) == len(given) and all(map(_equal, captured, given))
-    if isinstance(captured, Mapping) and isinstance(given, Mapping):
-        return captured.keys() == given.keys() and all(_equal(captured[k], given[k]) for k in given)
-    return not hasattr(given, "shape") and bool(captured == given)
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of an array's values, in hex."""
-    plain = value.float() if "bfloat16" in str(value.dtype) else value
-    return hashlib.sha256(np.asarray(plain).tobytes()).hexdigest()
-
-
-def check_static(spec: ProgramSpec, values: Mapping[str, Any]) -> None:
-    """Refuse another value of a static input than the one that is part of the program.
-
-    Raises:
-        InputError: it differs.
-    """
-    for item in spec.inputs:
-        if item.digest and digest(values[item.name]) != item.digest:
-            raise InputError(
-                f"{item.label}: its role is static, so its example value is part of the program, "
-                'and this is another; pass that one, or compile with roles={"…": "prompt"}'
-            )
-
-
-def describe_shape(shape: Sequence[Any]) -> str:
-    """`(batch, 3, 32, 32)`."""
-    return f"({', '.join(str(size) for size in shape)}{',' if len(shape) == 1 else ''})"
-
-
-def check_shapes(spec: ProgramSpec, values: Mapping[str, Any]) -> None:
-    """Refuse shapes that the program was not compiled for.
-
-    Raises:
-        InputError: a size differs, is out of its bounds, or differs between two inputs.
-    """
-    sizes: dict[str, tuple[int, str]] = {}
-    for item in spec.inputs:
-        shape = tuple(values[item.name].shape)
-        expected = describe_shape(item.shape)
-        if len(shape) != len(item.shape) or any(
-            isinstance(want, int) and want != got
-            for want, got in zip(item.shape, shape, strict=True)
-        ):
-            raise InputError(
-                f"{item.label}: expected shape {expected}, got {shape}; compile with example "
-                "inputs of that shape, or leave the size open with dynamic={…}"
-            )
-        for want, got in zip(item.shape, shape, strict=True):
-            if isinstance(want, str):
-                _check_size(want, got, item, sizes, spec)
-
-
-def _check_size(
-    name: str,
-    got: int,
-    item: Input,
-    sizes: dict[str, tuple[int, str]],
-    spec: ProgramSpec,
-) -> None:
-    low, high = spec.bounds.get(name, (1, got))
-    step = spec.steps.get(name, 1)
-    if not low <= got <= high or (got - low) % step:
-        by = f" in steps of {step}" if step > 1 else ""
-        raise InputError(f"{item.label}: {name} must be {low} to {high}{by}, got {got}")
-    known, where = sizes.setdefault(name, (got, item.label))
-    if known != got:
-        raise InputError(f"{item.label}: {name} is {got} here, but {known} in {where}")

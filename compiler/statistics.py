@@ -77,10 +77,34 @@ class Statistics:
         return Statistics(self.groups, merged)
 
 
+@dataclass
+class Probes:
+    """At most 2 · `limit` of the inputs that a part was run on, spread evenly over the runs."""
+
+    limit: int
+    kept: list[Mapping[str, torch.Tensor]] = field(default_factory=list)
+    runs: int = 0
+    every: int = 1
+
+    def add(self, values: Mapping[str, torch.Tensor]) -> None:
+        """The part is run on `values`."""
+        if self.runs % self.every == 0:
+            self.kept.append({name: value.clone() for name, value in values.items()})
+            if len(self.kept) >= 2 * self.limit:
+                self.kept = self.kept[::2]
+                self.every *= 2
+        self.runs += 1
+
+    def chosen(self) -> tuple[Mapping[str, torch.Tensor], ...]:
+        """At most `limit` of them, the first and the last kept ones included."""
+        count, last = min(self.limit, len(self.kept)), len(self.kept) - 1
+        return tuple(self.kept[index * last // max(1, count - 1)] for index in range(count))
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """What a run over calibration data leaves: statistics, and a few whole input sets as probes."""
+    """What a run over calibration data leaves: statistics, and a few whole inputs of each part."""
 
     statistics: Statistics
-    probes: tuple[Mapping[str, torch.Tensor], ...]
+    probes: Mapping[str, tuple[Mapping[str, torch.Tensor], ...]]
     calls: int

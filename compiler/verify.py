@@ -7,7 +7,7 @@ of the dump either side.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import fx
@@ -17,8 +17,8 @@ from effuse.dump import around, type_text
 from effuse.errors import VerifyError
 from effuse.graph import Weights, module_path, outputs, recorded, source_line, typing
 from effuse.metrics import CEILING_DB, sqnr_db
-from effuse.plan import STEP_INPUT, PlanStep, Rate
-from effuse.program import Part, Program, run_program
+from effuse.plan import FORECAST_INPUT, STEP_INPUT, Plan, PlanStep, Rate
+from effuse.program import Part, Program, run_program, same_step
 from effuse.rates import dependences
 
 SPACES = ("aten", "effuse", "prims")  # where a graph's ops may come from
@@ -28,7 +28,7 @@ def verify(program: Program, after: Iterable[str] = ()) -> None:
     """Raise VerifyError for the first thing that is wrong with any part of the program."""
     passes = tuple(after)
     known = {item.name for item in program.inputs} | {STEP_INPUT}
-    known |= {slot.name for slot in program.plan.slots}
+    known |= {FORECAST_INPUT} | {name for slot in program.plan.slots for name in slot.past}
     for part in program.parts:
         for node in part.graph.nodes:
             problem = check_node(node, program, known)
@@ -58,21 +58,46 @@ def check_part(part: Part, program: Program) -> str | None:
 def check_plan(program: Program) -> str | None:
     """What is wrong with the plan, or None: variants exist, slots are filled before a read."""
     plan, variants = program.plan, {part.name: part for part in program.variants}
-    slots = {slot.name for slot in plan.slots}
-    filled: set[str] = set()
-    for step in (PlanStep(plan.default), *plan.steps):
+    filled: dict[str, list[int]] = {slot.name: [] for slot in plan.slots}
+    for index, step in enumerate((PlanStep(plan.default), *plan.steps), start=-1):
         part = variants.get(step.variant)
         if part is None:
             return f"no variant is called {step.variant!r}"
-        if missing := set(program.outputs) - set(part.outputs):
-            return f"{part.name} does not give {', '.join(sorted(missing))}"
-        if missing := set(step.fills) - (slots & set(part.outputs)):
-            return f"{part.name} does not fill {', '.join(sorted(missing))}"
-        if missing := (slots & set(part.inputs)) - set(step.reads):
-            return f"{part.name} reads {', '.join(sorted(missing))}, which the plan does not say"
-        if missing := set(step.reads) - filled:
-            return f"{', '.join(sorted(missing))} is read before any step fills it"
-        filled |= set(step.fills)
+        if problem := check_entry(step, part, program) or check_sources(index, step, plan, filled):
+            return problem
+        for name in step.fills:
+            filled[name].insert(0, index)
+    return None
+
+
+def check_entry(step: PlanStep, part: Part, program: Program) -> str | None:
+    """What is wrong between one step of the plan and the variant that it runs, or None."""
+    slots = {slot.name for slot in program.plan.slots}
+    read = {s.name for s in program.plan.slots if set(s.past) & set(part.inputs)}
+    if missing := set(program.outputs) - set(part.outputs):
+        return f"{part.name} does not give {', '.join(sorted(missing))}"
+    if missing := set(step.fills) - (slots & set(part.outputs)):
+        return f"{part.name} does not fill {', '.join(sorted(missing))}"
+    if missing := read - set(step.reads):
+        return f"{part.name} reads {', '.join(sorted(missing))}, which the plan does not say"
+    return None
+
+
+def check_sources(
+    index: int, step: PlanStep, plan: Plan, filled: Mapping[str, list[int]]
+) -> str | None:
+    """What is wrong with what a step reads, given the steps that `filled` each slot; or None."""
+    for slot in plan.slots:
+        if slot.name not in step.reads:
+            continue
+        last = tuple(filled[slot.name][: len(step.sources) or 1])
+        if not last or (step.sources and last != step.sources):
+            return (
+                f"step {index} reads {slot.name} of {step.sources or 'an earlier step'}, but the "
+                f"last steps that fill it are {last}"
+            )
+        if len(step.sources) > slot.depth or len(step.weights) not in (0, slot.depth):
+            return f"step {index} reads more of {slot.name} than the {slot.depth} values kept"
     return None
 
 
@@ -154,6 +179,26 @@ def compare(program: Program) -> tuple[float, float] | None:
     pairs = zip(found, program.expected, strict=True)
     ratio = min(sqnr_db(other.double().numpy(), one.double().numpy()) for one, other in pairs)
     return relative_error(found, program.expected), ratio
+
+
+def check_variants(program: Program) -> str | None:
+    """What is wrong with the variants that read slots, or None.
+
+    Fed with slots that the default variant fills at the same step, each has to give what the
+    default variant gives, to the dtype's rounding.
+    """
+    past = {name for slot in program.plan.slots for name in slot.past}
+    reading = [part for part in program.variants if past & set(part.inputs)]
+    if not reading or not program.examples:
+        return None
+    with torch.no_grad():
+        values = same_step(program, program.examples)
+        expected = run_program(program, program.examples)
+        for part in reading:
+            error = relative_error(run_program(program, values, variant=part.name), expected)
+            if error > exact_bound(getattr(torch, program.model["dtype"])):
+                return f"{part.name}, fed with the same step's slots, is off by {error:.1e}"
+    return None
 
 
 def exact_bound(dtype: torch.dtype) -> float:

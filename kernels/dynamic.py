@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from effuse.cost import FORMULAS, conv_flops, matmul_flops
 from effuse.kernels.quantize import along
 
 
@@ -100,3 +101,7 @@ def _(
     float_weight = torch.empty_like(weight, dtype=x.dtype)
     y = torch.nn.functional.conv2d(x, float_weight, None, stride, padding, dilation, groups)
     return torch.empty_like(y, memory_format=torch.contiguous_format)
+
+
+FORMULAS[linear_dynamic._opoverload.overloadpacket] = matmul_flops
+FORMULAS[conv2d_dynamic._opoverload.overloadpacket] = conv_flops

@@ -4,6 +4,7 @@ if __name__ != "effuse.passes":
     raise ImportError(f"{__name__!r} is a folder of effuse's checkout; import effuse.passes")
 
 from effuse.passes.base import Pass
+from effuse.passes.cache import Cache
 from effuse.passes.canonicalize import Canonicalize
 from effuse.passes.hoist import Hoist
 from effuse.passes.quantize import Quantize
@@ -11,6 +12,7 @@ from effuse.passes.quantize import Quantize
 ORDER: tuple[type[Pass], ...] = (
     Canonicalize,  # first: later rules see one way to write a thing
     Hoist,  # before anything lossy: tables and prompt values stay exact
+    Cache,  # before calibration: bits are measured on the trajectory that the plan runs
     Quantize,  # last: it measures the network as it will really run
 )
 
@@ -23,4 +25,4 @@ PRESETS: dict[str, tuple[Pass, ...]] = {
     "w8a8-dynamic": (Hoist(), Quantize("w8a8", activations="dynamic")),
 }
 
-__all__ = ["BY_NAME", "ORDER", "PRESETS", "Canonicalize", "Hoist", "Pass", "Quantize"]
+__all__ = ["BY_NAME", "ORDER", "PRESETS", "Cache", "Canonicalize", "Hoist", "Pass", "Quantize"]

@@ -10,14 +10,19 @@ from typing import ClassVar
 from effuse.log import Log
 from effuse.program import Program
 from effuse.statistics import Calibration
+from effuse.watch import Watch
 
 
 @dataclass
 class Work:
-    """What a pass is handed beside the program: its log, and calibration if it asked for it."""
+    """What a pass is handed beside the program: its log, and calibration if it asked for it.
+
+    `drive(program, watch)` samples with a program as calibration does.
+    """
 
     log: Log = field(default_factory=Log)
     calibration: Calibration | None = None
+    drive: Callable[[Program, Watch], None] | None = None
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
 
 

@@ -13,7 +13,7 @@ Every layer is measured on probes of the calibration run before it is chosen.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -27,6 +27,7 @@ from effuse.graph import (
     eliminate,
     emit,
     emit_weight,
+    evaluate,
     inputs,
     module_path,
     substitute,
@@ -36,8 +37,8 @@ from effuse.kernels import dynamic as dynamic  # registers the ops
 from effuse.kernels.quantize import quantize_reference
 from effuse.metrics import CEILING_DB
 from effuse.passes.base import Pass, Work
-from effuse.plan import Depends, Plan, Rate
-from effuse.program import Layer, Part, Program, prune_weights, run_program
+from effuse.plan import Depends, Rate
+from effuse.program import Layer, Part, Program, prune_weights
 from effuse.rates import dependences
 from effuse.statistics import Calibration, Statistics
 
@@ -92,7 +93,10 @@ class Quantize(Pass):
         for part in program.parts:
             changed, found = self._part(program, part, weights, work, work.calibration)
             parts.append(changed)
-            layers += found
+            if part.rate < Rate.STEP or part.name == program.plan.default:
+                layers += found
+            else:
+                work.log.note(f"{part.name}: {summary(found)}")
         result = replace(program, parts=tuple(parts), weights=weights, layers=tuple(layers))
         return prune_weights(result)
 
@@ -107,8 +111,7 @@ class Quantize(Pass):
             or (None if site in seen else "never seen in calibration")
             for site in found
         }
-        work.progress("measure layers", 0, len(calibration.probes))
-        quality = measure(program, part, self, calibration, work, seen)
+        quality = measure(part, program.weights, self, calibration, work, seen)
         graph, mapping = clone(part.graph)
         writer = Writer(
             graph, weights, part.name, calibration.statistics, self, part.rate < Rate.STEP
@@ -171,6 +174,14 @@ def layer(site: fx.Node, format: str, ratio: float | None, reason: str | None) -
     )
 
 
+def summary(layers: Sequence[Layer]) -> str:
+    """How many layers of another variant are in 8 bits, and the worst of them."""
+    changed = [layer for layer in layers if not layer.reason]
+    worst = min((layer.sqnr_db for layer in changed if layer.sqnr_db is not None), default=None)
+    quality = "" if worst is None else f", {worst:.1f} dB at worst"
+    return f"{len(changed)} of {len(layers)} layers in 8 bits{quality}"
+
+
 def sites(part: Part, weights: Mapping[str, torch.Tensor]) -> list[fx.Node]:
     """The linear and convolution calls whose weight is stored and in floating point."""
     found = []
@@ -185,10 +196,11 @@ def sites(part: Part, weights: Mapping[str, torch.Tensor]) -> list[fx.Node]:
 def first_layers(part: Part, program: Program) -> set[fx.Node]:
     """The layers that the latent reaches before any other layer."""
     depends = dependences(part.graph, program.sources)
+    given = {item.name for item in program.inputs}  # a slot's past has been through layers
     fresh: set[fx.Node] = set()  # computed from the latent, by no layer so far
     first: set[fx.Node] = set()
     for node in part.graph.nodes:
-        if node.op == "placeholder" and depends[node] & Depends.LATENT:
+        if node.op == "placeholder" and node.target in given and depends[node] & Depends.LATENT:
             fresh.add(node)
         elif any(source in fresh for source in node.all_input_nodes):
             (first if node.target in SITES else fresh).add(node)
@@ -373,8 +385,8 @@ def conv_options(rest: Iterable[Any]) -> tuple[list[int], list[int], list[int], 
 
 
 def measure(
-    program: Program,
     part: Part,
+    weights: Mapping[str, torch.Tensor],
     options: Quantize,
     calibration: Calibration,
     work: Work,
@@ -384,7 +396,7 @@ def measure(
 
     The twins stand beside the layers in a copy of the graph and feed nothing.
     """
-    weights = dict(program.weights)
+    weights = dict(weights)
     graph, mapping = clone(part.graph)
     writer = Writer(
         graph, weights, part.name, calibration.statistics, options, part.rate < Rate.STEP
@@ -395,7 +407,7 @@ def measure(
     truth: dict[fx.Node, torch.Tensor] = {}
     power: dict[str, list[float]] = {}
 
-    def observe(_: Part, node: fx.Node, value: Any) -> None:
+    def observe(node: fx.Node, value: Any) -> None:
         if node in wanted:
             truth[node] = value
         elif node in twins:
@@ -404,19 +416,11 @@ def measure(
             sums[0] += real.square().sum().item()
             sums[1] += (real - value.double()).square().sum().item()
 
-    probing = replace(program, parts=tuple(
-        replace(each, graph=graph) if each is part else each for each in program.parts
-    ), plan=_plan_with(program, part))  # fmt: skip
-    for number, probe in enumerate(calibration.probes, start=1):
-        run_program(probing, probe, observe, weights)
-        work.progress("measure layers", number, len(calibration.probes))
+    probes = calibration.probes[part.name]
+    for number, probe in enumerate(probes, start=1):
+        evaluate(graph, weights, probe, observe)
+        work.progress("measure layers", number, len(probes))
     return {name: _ratio(signal, noise) for name, (signal, noise) in power.items()}
-
-
-def _plan_with(program: Program, part: Part) -> Plan:
-    """The plan with `part` as the variant that runs, if it is one."""
-    default = part.name if part.rate is Rate.STEP else program.plan.default
-    return replace(program.plan, default=default)
 
 
 def _ratio(signal: float, noise: float) -> float:

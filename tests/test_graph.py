@@ -37,7 +37,7 @@ from effuse.graph import (
 )
 from effuse.plan import Depends, Plan, PlanStep, Slot, spec_from_json, to_json
 from effuse.program import Part, run_program
-from effuse.verify import verify
+from effuse.verify import check_variants, verify
 
 logging.getLogger("torch.__trace").disabled = True  # pytest's log capture would pay for it
 
@@ -277,7 +277,7 @@ def shallow_of(program, name="cache_deep"):
     graph, mapping = clone(full.graph)
     deepest, *_ = calls(full.graph, aten.cat.default)
     deep = deepest.args[0][0]
-    slot = emit_input(graph, name, value_of(deep))
+    slot = emit_input(graph, f"{name}_0", value_of(deep))
     substitute(mapping[deep], slot)
     eliminate(graph)
     filling, mapping = clone(full.graph)
@@ -292,8 +292,8 @@ def shallow_of(program, name="cache_deep"):
 def planned(program):
     shallow, full, slot = shallow_of(program)
     fill = PlanStep("full", fills=(slot.name,))
-    read = PlanStep("shallow", reads=(slot.name,))
-    plan = Plan("full", (fill, read, fill, read), (slot,))
+    reads = (PlanStep("shallow", reads=(slot.name,), sources=(step,)) for step in (0, 2))
+    plan = Plan("full", (fill, next(reads), fill, next(reads)), (slot,))
     return program.with_parts(full, shallow, plan=plan)
 
 
@@ -301,15 +301,16 @@ def test_the_shallow_variant_with_the_same_steps_cache_is_the_full_one_to_the_bi
     shallow, full, slot = shallow_of(unet)
     values = {"sample": torch.randn(1, 2, 8, 8), "timestep": torch.tensor([3])}
     expected, cache = evaluate(full.graph, unet.weights, values)
-    (found,) = evaluate(shallow.graph, unet.weights, values | {slot.name: cache})
+    (found,) = evaluate(shallow.graph, unet.weights, values | {"cache_deep_0": cache})
     assert torch.equal(found, expected)
     assert torch.equal(expected, evaluate(unet.parts[0].graph, unet.weights, values)[0])
-    (stale,) = evaluate(shallow.graph, unet.weights, values | {slot.name: torch.zeros(slot.shape)})
+    other = {"cache_deep_0": torch.zeros(slot.shape)}
+    (stale,) = evaluate(shallow.graph, unet.weights, values | other)
     assert not torch.equal(stale, expected)
     count = {part.name: len(calls(part.graph)) for part in (shallow, full)}
     assert count["shallow"] == count["full"] - 6 * 3
     assert len(shallow.graph.nodes) < len(full.graph.nodes) / 2
-    assert shallow.inputs == ("sample", "timestep", "cache_deep")
+    assert shallow.inputs == ("sample", "timestep", "cache_deep_0")
 
 
 def test_a_program_with_slots_verifies(unet):
@@ -319,9 +320,9 @@ def test_a_program_with_slots_verifies(unet):
     assert all(map(torch.equal, run_program(program, unet.examples), unet.expected))
     assert program.plan.lines(program.timesteps) == [
         "step   0 t=9: full  fills cache_deep",
-        "step   1 t=7: shallow  reads cache_deep",
+        "step   1 t=7: shallow  reads cache_deep of step 0",
         "step   2 t=3: full  fills cache_deep",
-        "step   3 t=1: shallow  reads cache_deep",
+        "step   3 t=1: shallow  reads cache_deep of step 2",
     ]
     assert Plan().lines() == ["every step: full"]
     assert program.plan.at(1).variant == "shallow"
@@ -348,16 +349,33 @@ FILL = PlanStep("full", fills=("cache_deep",))
     ("steps", "problem"),
     [
         ((PlanStep("shallower"),), "no variant is called 'shallower'"),
-        ((FULL, SHALLOW), "cache_deep is read before any step fills it"),
+        ((FULL, SHALLOW), "step 1 reads cache_deep of an earlier step, but the last .* are \\(\\)"),
         ((FILL, PlanStep("shallow")), "shallow reads cache_deep, which the plan does not say"),
         ((FILL, PlanStep("shallow", ("cache_deep",), ("cache_deep",))), "shallow does not fill"),
         ((PlanStep("full", ("other",)),), "full does not fill other"),
+        ((FILL, FILL, replace(SHALLOW, sources=(0,))), "of \\(0,\\), but the last .* are \\(1,\\)"),
+        ((FILL, FILL, replace(SHALLOW, sources=(1, 0))), "reads more of cache_deep than the 1"),
+        ((FILL, replace(SHALLOW, sources=(0,), weights=(1.0, 0.0))), "reads more of cache_deep"),
     ],
 )
 def test_a_plan_that_cannot_run_is_refused(unet, steps, problem):
     program = planned(unet)
     with pytest.raises(VerifyError, match=problem):
         verify(replace(program, plan=replace(program.plan, steps=steps)))
+
+
+def test_the_same_steps_slots_are_checked(unet):
+    assert check_variants(planned(unet)) is None
+    program = planned(unet)
+    shallow = program.part("shallow")
+    graph, _ = clone(shallow.graph)
+    (last,) = outputs(graph)
+    with graph.inserting_after(last):
+        wrong = emit(graph, aten.mul.Tensor, last, 1.01)
+    substitute(last, wrong)
+    broken = replace(shallow, graph=graph)
+    wanting = check_variants(program.with_parts(program.parts[0], broken))
+    assert wanting is not None and wanting.startswith("shallow, fed with the same step's slots")
 
 
 def test_a_default_variant_that_needs_a_cache_is_refused(unet):

@@ -21,7 +21,19 @@ ROOT = Path(__file__).resolve().parent.parent
 TOOL = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 FOLDERS = {name: ROOT / folder for name, folder in TOOL["package-dir"].items()}
 HEAVY = ("torch", "onnxruntime", "pydantic", "numpy", "onnx", "diffusers", "rich", "typer")
-DEVICE = ("errors", "plan", "runtime", "ort", "artifact", "api", "onnx_store", "metrics")
+DEVICE = (
+    "errors",
+    "plan",
+    "arguments",
+    "arrays",
+    "trajectory",
+    "runtime",
+    "ort",
+    "artifact",
+    "api",
+    "onnx_store",
+    "metrics",
+)
 
 
 def modules() -> dict[str, Path]:

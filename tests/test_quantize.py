@@ -439,7 +439,7 @@ def test_the_sqnr_of_a_layer_is_that_of_the_layer_alone(name, activations):
         return fake(value, *found.statistics.ranges["full", node.name].overall)
 
     signal = noise = 0.0
-    for probe in found.probes:
+    for probe in found.probes["full"]:
         seen = {}
         run_program(program, probe, lambda _, node, value, seen=seen: seen.update({node: value}))
         seen |= {n: program.weights[n.target] for n in graph.nodes if n.op == "get_attr"}
@@ -451,7 +451,7 @@ def test_the_sqnr_of_a_layer_is_that_of_the_layer_alone(name, activations):
         real = seen[site].double()
         signal += real.square().sum().item()
         noise += (real - twin.double()).square().sum().item()
-    assert len(found.probes) == 4
+    assert len(found.probes["full"]) == 4
     assert lines(result)[name].sqnr_db == pytest.approx(10 * math.log10(signal / noise), abs=0.1)
 
 

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from effuse.calibrate import PROBES, Recorder, calibrate, nested, step_values, trajectory
+from effuse.calibrate import PROBES, calibrate, nested, step_values, trajectory
 from effuse.capture import capture
 from effuse.errors import CalibrationError
 from effuse.pass_manager import run_passes
 from effuse.passes import Canonicalize, Hoist
-from effuse.statistics import Ranges, Statistics
+from effuse.statistics import Probes, Ranges, Statistics
 
 logging.getLogger("torch.__trace").disabled = True  # pytest's log capture would pay for it
 
@@ -199,24 +199,31 @@ def test_only_floating_values_of_the_step_program_are_watched(program):
     assert ("full", "step_index") not in found.statistics.ranges
 
 
-@pytest.mark.parametrize("calls", [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 100, 1000])
-def test_probes_are_bounded_and_spread(program, calls):
-    recorder = Recorder(program, step_values, 10)
+@pytest.mark.parametrize("runs", [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 100, 1000])
+def test_probes_are_bounded_and_spread(runs):
+    probes = Probes(4)
     most = 0
-    for call in range(calls):
-        recorder.begin({"number": torch.tensor(call)}, None)
-        most = max(most, len(recorder.probes))
-    assert most <= 2 * PROBES
-    found = recorder.finish()
-    numbers = [int(probe["number"]) for probe in found.probes]
-    assert len(numbers) == min(calls, PROBES)
+    for run in range(runs):
+        probes.add({"number": torch.tensor(run)})
+        most = max(most, len(probes.kept))
+    assert most <= 8
+    numbers = [int(probe["number"]) for probe in probes.chosen()]
+    assert len(numbers) == min(runs, 4)
     assert numbers == sorted(set(numbers))
     assert numbers[0] == 0
-    assert found.calls == calls
-    if calls >= PROBES:
-        gaps = [b - a for a, b in zip(numbers, [*numbers[1:], calls], strict=True)]
-        assert max(gaps) <= calls / 2
-        assert numbers[-1] >= calls / 2
+    if runs >= 4:
+        gaps = [b - a for a, b in zip(numbers, [*numbers[1:], runs], strict=True)]
+        assert max(gaps) <= runs / 2
+        assert numbers[-1] >= runs / 2
+
+
+def test_every_part_has_probes_of_its_own_inputs(program):
+    result = run_passes(program, (Canonicalize(), Hoist()))
+    found = calibrate(result, None, step_values)
+    assert set(found.probes) == {part.name for part in result.parts}
+    for part in result.parts:
+        assert all(tuple(probe) == part.inputs for probe in found.probes[part.name])
+    assert len(found.probes["full"]) == PROBES and found.calls == len(TIMES)
 
 
 def test_probes_are_copies(program):
@@ -227,7 +234,7 @@ def test_probes_are_copies(program):
             model(sample=sample, timestep=torch.tensor([time]), prompt=torch.ones(1, 3))
             sample.add_(1)
 
-    first, second = calibrate(program, run, step_values).probes
+    first, second = calibrate(program, run, step_values).probes["full"]
     assert first["sample"].eq(0).all()
     assert second["sample"].eq(1).all()
 

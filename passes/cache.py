@@ -1,0 +1,315 @@
+"""Cache: temporal reuse of features, as variants and a plan (DESIGN 2; METHODS 2.1-2.3, 2.11-2.14).
+
+At full steps the network computes everything and fills slots; at the others a smaller variant
+reads them. What is cached is found in the graph's structure:
+
+- deep: what enters the n-th long skip from below (DeepCache); everything deeper is reused.
+- encoder: every long skip and the middle's output (Faster Diffusion); the decoder stays fresh.
+- unit: each innermost residual branch before its gate, gates fresh (FORA; A-SDM's units).
+- layer: each outermost residual branch; block: what each repeated block adds to its stream.
+- residual: what all blocks but the first add to the stream (First-Block Cache, TeaCache); with a
+  `threshold` the Session decides at each step, for each picture.
+
+Between full steps a cached value is not held but forecast: F̂ = Σ_j w_j F_kj over its last `order`
++ 1 refreshes, w from the polynomial through them (TaylorSeer, 2.14), or fitted to the calibration's
+features by least squares. Order 0 holds the last value, as the papers' codes do.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, get_args
+
+import numpy as np
+from torch import fx
+
+from effuse import schedule as schedules
+from effuse.errors import ConfigError, PassError, nearest
+from effuse.passes.base import Pass, Work
+from effuse.passes.cut import Target, fill, reuse, slots
+from effuse.passes.features import Features, fitted_weights, gram_matrix
+from effuse.plan import Plan, PlanStep
+from effuse.program import Part, Program
+from effuse.structure import Chain, Structure, module_outputs, modules, reused_share
+
+Mode = Literal["deep", "encoder", "block", "layer", "unit", "residual"]
+Named = Literal["uniform", "nonuniform", "propagation", "fitted"]
+
+
+@dataclass(frozen=True)
+class Cache(Pass):
+    """Reuse features between steps; lossy.
+
+    Args:
+        interval: a full step every so many (uniform, nonuniform: on average); 1 reuses nothing.
+        order: degree of the forecast, 0 (hold the last value) to 2.
+        warmup: so many full steps at the start, for the forecast to start from.
+        mode: what is cached: see the module's text.
+        schedule: which steps are full: `uniform`, `nonuniform` (DeepCache's 1:N around `center`),
+            `propagation` (Faster Diffusion's key steps), `fitted` (the best for the calibration's
+            features), or the steps themselves.
+        branch: of mode `deep`: which long skip, 0 the shallowest.
+        at: module paths whose outputs are cached instead of what `mode` finds.
+        full_steps: of `fitted`: how many steps are full; None: as many as uniform has.
+        error: of `fitted`: the relative error of the features to stay under; sets full_steps.
+        forecast: weights from a `polynomial`, or `fitted` to the calibration's features.
+        center, power, released: of `nonuniform`; released takes the schedule that DeepCache's code
+            gives instead of the intended one.
+    """
+
+    name: ClassVar[str] = "cache"
+    exact: ClassVar[bool] = False
+
+    interval: int = 3
+    order: int = 1
+    warmup: int = 4
+    mode: Mode = "deep"
+    schedule: Named | tuple[int, ...] = "uniform"
+    branch: int = 0
+    at: tuple[str, ...] = ()
+    full_steps: int | None = None
+    error: float | None = None
+    forecast: Literal["polynomial", "fitted"] = "polynomial"
+    center: int = 15
+    power: float = 1.4
+    released: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, get_args(Mode))
+        check_choice("forecast", self.forecast, ("polynomial", "fitted"))
+        if isinstance(self.schedule, str):
+            check_choice("schedule", self.schedule, get_args(Named))
+        check_whole("interval", self.interval, 1)
+        check_whole("order", self.order, 0, 2)
+        check_whole("warmup", self.warmup, 1)
+        check_whole("branch", self.branch, 0)
+        if self.full_steps is not None:
+            check_whole("full_steps", self.full_steps, 1)
+
+    def requires(self, program: Program) -> str | None:
+        """A known schedule, and a plan without slots."""
+        if program.timesteps is None:
+            return "the steps have to be known: compile with schedule=scheduler, timesteps set"
+        if program.plan.slots:
+            return "the plan has a cache already"
+        return None
+
+    def run(self, program: Program, work: Work) -> Program:
+        """Cut the default variant, and plan when which half runs."""
+        full = program.part(program.plan.default)
+        targets = self.targets(full, program)
+        if not work.log.spend("cache"):
+            return program
+        filling = fill(full, targets)
+        keys = self.rule(len(program.timesteps or ()))
+        gram = self._gram(program, filling, targets, work)
+        if gram is not None and self.schedule == "fitted":
+            keys = self.fit(gram)
+        steps = self.plan(keys, len(program.timesteps or ()), gram)
+        depth = max((len(step.sources) for step in steps), default=0)
+        if not depth:
+            work.log.note("every step is full: nothing is reused")
+            return program
+        reading = reuse(full, "reuse", targets, depth)
+        share = reused_share(full, [target.value for target in targets])
+        work.log.note(
+            f"{len(keys)} of {len(steps)} steps in full; the others leave out {share:.1%} of the "
+            f"arithmetic ({', '.join(summary(targets))})"
+        )
+        parts = [filling if part is full else part for part in program.parts]
+        plan = Plan(full.name, completed(steps, targets, depth), slots(targets, depth))
+        return program.with_parts(*parts, reading, plan=plan)
+
+    def targets(self, full: Part, program: Program) -> list[Target]:
+        """What is cached, in the graph's order.
+
+        Raises:
+            PassError: the network has no such place; the message says which it has.
+        """
+        found = named(full, self.at) if self.at else MODE_TARGETS[self.mode](self, full, program)
+        if self.mode in ("unit", "layer", "block") and not self.at:
+            found = [target for target in found if self.unwanted(target.name) is None]
+        if not found:
+            raise PassError(f"cache: {self._nothing(full, program)}")
+        order = {node: index for index, node in enumerate(full.graph.nodes)}
+        unique = {target.slot: target for target in found}
+        return sorted(unique.values(), key=lambda target: order[target.value])
+
+    def _nothing(self, full: Part, program: Program) -> str:
+        structure = Structure(full, program)
+        has = {
+            "deep, encoder": len(structure.skips),
+            "unit": len(structure.units),
+            "layer": len(structure.layers),
+            "block": len(structure.blocks),
+        }
+        other = ", ".join(f"mode={name!r} ({count})" for name, count in has.items() if count)
+        left = f"this network has places for {other}" if other else "no mode finds a place in it"
+        return f"mode={self.mode!r} finds nothing to cache; {left}; or name modules with at=(…)"
+
+    def rule(self, steps: int) -> tuple[int, ...]:
+        """The full steps by the schedule's rule; what `fitted` has to beat, by uniform's."""
+        warmup = min(self.warmup, steps)
+        if self.schedule == "nonuniform":
+            count = -(-steps // self.interval)
+            return schedules.nonuniform(steps, count, self.center, self.power, self.released)
+        if self.schedule == "propagation":
+            return schedules.propagation_keys(steps)
+        if isinstance(self.schedule, str):
+            return schedules.uniform(steps, self.interval, warmup)
+        return schedules.explicit(steps, self.schedule)
+
+    def fit(self, gram: np.ndarray[Any, Any]) -> tuple[int, ...]:
+        """The full steps with the least error of the forecast features."""
+        warmup = min(self.warmup, len(gram))
+        if self.error is not None:
+            return schedules.fitted_to(gram, self.error, self.order, warmup)
+        count = self.full_steps or len(schedules.uniform(len(gram), self.interval, warmup))
+        return schedules.fitted(gram, count, self.order, warmup)
+
+    def plan(
+        self, keys: Sequence[int], steps: int, gram: np.ndarray[Any, Any] | None
+    ) -> list[PlanStep]:
+        """What each step reads, by the step's sources and their weights in the forecast."""
+        found = []
+        for index in range(steps):
+            if index in keys:
+                found.append(PlanStep("full"))
+                continue
+            sources = schedules.sources(keys, index, self.order)
+            if gram is not None and self.forecast == "fitted":
+                weights = fitted_weights(gram, sources, index)
+            else:
+                weights = schedules.lagrange(range(steps), sources, index)
+            found.append(PlanStep("reuse", sources=sources, weights=weights))
+        return found
+
+    def _gram(
+        self, program: Program, filling: Part, targets: Sequence[Target], work: Work
+    ) -> np.ndarray[Any, Any] | None:
+        """Inner products of the cached features of each two steps, if anything is fitted."""
+        if "fitted" not in (self.schedule, self.forecast):
+            return None
+        if work.drive is None:
+            raise PassError("cache: a fitted schedule or forecast needs calibration")
+        parts = [filling if part.name == filling.name else part for part in program.parts]
+        features = Features(filling, [target.slot for target in targets])
+        work.drive(program.with_parts(*parts), features)
+        return gram_matrix(features, len(program.timesteps or ()))
+
+
+def completed(
+    steps: Sequence[PlanStep], targets: Sequence[Target], depth: int
+) -> tuple[PlanStep, ...]:
+    """The steps with the slots that they fill and read, and weights for `depth` values.
+
+    A full step fills only if a later one reads what it filled.
+    """
+    names = tuple(target.slot for target in targets)
+    wanted = {source for step in steps for source in step.sources}
+    found = []
+    for index, step in enumerate(steps):
+        if not step.sources:
+            found.append(replace(step, fills=names if index in wanted else ()))
+            continue
+        weights = (*step.weights, *(0.0,) * depth)[:depth] if depth > 1 else ()
+        found.append(replace(step, reads=names, weights=weights))
+    return tuple(found)
+
+
+def check_choice(name: str, value: str, known: Iterable[str]) -> None:
+    """Raise ConfigError for an option that is none of the known ones."""
+    if value not in known:
+        raise ConfigError(f"cache: {name}={value!r} is unknown{nearest(str(value), known)}")
+
+
+def check_whole(name: str, value: int, low: int, high: int | None = None) -> None:
+    """Raise ConfigError for a number that is not whole or out of its range."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):
+        most = "" if high is None else f" and at most {high}"
+        raise ConfigError(f"cache: {name}={value!r}: expected a whole number, at least {low}{most}")
+
+
+def summary(targets: Sequence[Target], most: int = 3) -> list[str]:
+    """The first few targets by name, and how many there are."""
+    names = list(dict.fromkeys(target.name for target in targets))
+    return names if len(names) <= most else [*names[:most], f"… {len(names)} in all"]
+
+
+def named(full: Part, paths: Sequence[str]) -> list[Target]:
+    """The outputs of the modules that a person names; patterns may be used.
+
+    Raises:
+        PassError: the network has no such module.
+    """
+    known = modules(full)
+    found = []
+    for pattern in paths:
+        matching = [path for path in known if fnmatch.fnmatch(path, pattern)]
+        values = [node for path in matching for node in module_outputs(full, path)]
+        if not values:
+            raise PassError(f"cache: at={pattern!r} names no module{nearest(pattern, known)}")
+        found += [Target(pattern, node) for node in values]
+    return found
+
+
+def _deep(options: Cache, full: Part, program: Program) -> list[Target]:
+    skips = Structure(full, program).skips
+    if skips and options.branch >= len(skips):
+        raise PassError(
+            f"cache: branch={options.branch}: this network has {len(skips)} long skips, "
+            f"0 (the shallowest) to {len(skips) - 1}"
+        )
+    return [Target(_place(skip.join, options.branch), skip.deep)
+            for skip in skips[options.branch : options.branch + 1]]  # fmt: skip
+
+
+def _place(join: fx.Node, branch: int) -> str:
+    return f"long skip {branch}, {join.name}"
+
+
+def _encoder(options: Cache, full: Part, program: Program) -> list[Target]:
+    skips = Structure(full, program).skips
+    found = [Target(_place(skip.join, n), skip.skip) for n, skip in enumerate(skips)]
+    return [*found, Target("middle", skips[-1].deep)] if skips else []
+
+
+def _unit(options: Cache, full: Part, program: Program) -> list[Target]:
+    return [Target(span.name, span.inner) for span in Structure(full, program).units]
+
+
+def _layer(options: Cache, full: Part, program: Program) -> list[Target]:
+    return [Target(span.name, span.branch) for span in Structure(full, program).layers]
+
+
+def _block(options: Cache, full: Part, program: Program) -> list[Target]:
+    return [_added(block) for block in Structure(full, program).blocks]
+
+
+def _added(chain: Chain) -> Target:
+    """What a chain adds to its stream."""
+    if len(chain.spans) == 1:
+        return Target(chain.name, chain.spans[0].branch)
+    return Target(chain.name, chain.exit, chain.spans[0].shortcut)
+
+
+def _residual(options: Cache, full: Part, program: Program) -> list[Target]:
+    structure = Structure(full, program)
+    stack = structure.stack()
+    blocks = structure.periods(stack) if stack else []
+    if len(blocks) < 2:
+        return []
+    return [Target(f"{blocks[1].name} to {blocks[-1].name}", blocks[-1].exit, blocks[0].exit)]
+
+
+MODE_TARGETS = {
+    "deep": _deep,
+    "encoder": _encoder,
+    "unit": _unit,
+    "layer": _layer,
+    "block": _block,
+    "residual": _residual,
+}
