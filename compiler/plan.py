@@ -137,6 +137,29 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class Guide:
+    """Which rows of a guided call, [unconditional; conditional] halves of a batch, are left out.
+
+    With a `threshold` the unconditional rows of pictures that have reached it, γ = cos(ε_c, ε_∅),
+    at an earlier step; ε_c stands in. Otherwise all unconditional rows from step `start` on, where
+    ε̂_∅(t) = a ε_c(t) + b ε_c(t-1) + c ε̂_∅(t-1) + d, `affine[t - start]` being (a, b, c, d).
+    """
+
+    batch: str  # the open size that counts rows
+    conditional_first: bool = False
+    threshold: float | None = None
+    start: int = 0
+    affine: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def line(self) -> str:
+        """What is left out, for people."""
+        if self.threshold is not None:
+            return f"guidance: conditional rows only, once cos(ε_c, ε_∅) reached {self.threshold:g}"
+        return f"guidance: conditional rows only, from step {self.start} on; the others estimated"
+
+
+@dataclass(frozen=True)
 class Plan:
     """Which variant runs at each step; `default` serves any step that the plan does not list."""
 
@@ -144,6 +167,7 @@ class Plan:
     steps: tuple[PlanStep, ...] = ()
     slots: tuple[Slot, ...] = ()
     decision: Decision | None = None
+    guidance: Guide | None = None
 
     def at(self, index: int | None) -> PlanStep:
         """The entry of step `index` (None: a timestep outside any schedule)."""
@@ -152,10 +176,10 @@ class Plan:
         return self.steps[index]
 
     def lines(self, timesteps: Sequence[float] = ()) -> list[str]:
-        """The plan for people: one line a step."""
+        """The plan for people: one line a step, above them one for guidance with fewer rows."""
+        lines = [self.guidance.line] if self.guidance else []
         if not self.steps:
-            return [f"every step: {self.default}"]
-        lines = []
+            return [*lines, f"every step: {self.default}"]
         for index, step in enumerate(self.steps):
             when = f" t={timesteps[index]:g}" if index < len(timesteps) else ""
             fills = f"  fills {', '.join(step.fills)}" if step.fills else ""
@@ -230,6 +254,7 @@ def _plan(data: Mapping[str, Any]) -> Plan:
             for slot in data["slots"]
         ),
         decision=_decision(data["decision"]),
+        guidance=_guide(data["guidance"]),
     )
 
 
@@ -240,6 +265,15 @@ def _decision(data: Mapping[str, Any] | None) -> Decision | None:
     return Decision(
         str(data["signal"]), float(data["threshold"]), bool(data["accumulate"]), polynomial
     )
+
+
+def _guide(data: Mapping[str, Any] | None) -> Guide | None:
+    if data is None:
+        return None
+    threshold = None if data["threshold"] is None else float(data["threshold"])
+    affine = tuple(tuple(float(each) for each in step) for step in data["affine"])
+    first = bool(data["conditional_first"])
+    return Guide(str(data["batch"]), first, threshold, int(data["start"]), affine)
 
 
 def spec_from_json(data: Mapping[str, Any]) -> ProgramSpec:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy as np
 from effuse.arguments import bind, check_shapes, check_static, spread_timesteps
 from effuse.arrays import Arrays, NumpyArrays
 from effuse.errors import InputError
+from effuse.guidance import Guidance
 from effuse.plan import FORECAST_INPUT, STEP_INPUT, PartSpec, PlanStep, ProgramSpec, Rate, Role
 from effuse.trajectory import Trajectories, read
 
@@ -73,6 +74,7 @@ class Session:
         self._runs = runs
         self.arrays = arrays or NumpyArrays()
         self.trajectories = Trajectories(spec, self.arrays)
+        self.guidance = Guidance(spec, self.arrays)
         self.steps: Counter[str] = Counter()  # how often each variant has run
         self._memory = {part.name: _Memory() for part in spec.parts if part.rate < Rate.STEP}
 
@@ -80,6 +82,11 @@ class Session:
     def runs(self) -> dict[str, int]:
         """How often each part below the step's rate has really run so far."""
         return {name: memory.runs for name, memory in self._memory.items()}
+
+    @property
+    def rows(self) -> Counter[str]:
+        """Rows `requested` and rows `evaluated` so far, where the plan leaves guidance's out."""
+        return self.guidance.rows
 
     def __call__(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """Run one step; takes and returns what the network's forward does.
@@ -102,17 +109,12 @@ class Session:
 
     def step(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Run one step on the back end's own arrays, by the inputs' names; the outputs by name."""
-        index = self.step_index(values)
-        env = dict(values)
-        env[STEP_INPUT] = self.arrays.array(np.array([index or 0], dtype=np.int64))
-        for part in self.spec.parts:
-            if part.rate < Rate.STEP:
-                env.update(zip(part.outputs, self._recall(part, env), strict=True))
-        if index is None or not self.spec.plan.slots:
-            env |= self.run(self.spec.plan.at(index).variant, env)
+        index, plan = self.step_index(values), self.spec.plan
+        if index is None or not (plan.slots or plan.guidance):
+            found = self.run(plan.at(index).variant, self._environment(index, values))
         else:
-            env |= self._continue(index, env)
-        return {name: env[name] for name in self.spec.outputs}
+            found = self._continue(index, values)
+        return {name: found[name] for name in self.spec.outputs}
 
     def run(self, variant: str, env: Mapping[str, Any]) -> dict[str, Any]:
         """The outputs of one variant, by name."""
@@ -125,10 +127,23 @@ class Session:
         """Forget what is kept between steps: the next call runs the full variant."""
         self.trajectories.clear()
 
-    def _continue(self, index: int, env: Mapping[str, Any]) -> dict[str, Any]:
+    def _environment(self, index: int | None, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What a variant may read: the inputs, the step's number, values of the slower parts."""
+        env = dict(values)
+        env[STEP_INPUT] = self.arrays.array(np.array([index or 0], dtype=np.int64))
+        for part in self.spec.parts:
+            if part.rate < Rate.STEP:
+                env.update(zip(part.outputs, self._recall(part, env), strict=True))
+        return env
+
+    def _continue(self, index: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """The step as planned if the slots hold what the plan says, else the default variant."""
         plan = self.spec.plan
-        trajectory = self.trajectories.follow(index, env)
+        trajectory = self.trajectories.follow(index, values)
+        guided = trajectory.guided
+        call = self.guidance.begin(guided, index, values)
+        trajectory = trajectory.on(call.rows)
+        env = self._environment(index, self.guidance.taken(call, values))
         entry = plan.at(index)
         past = read(trajectory, plan, entry)
         if past is None:
@@ -136,8 +151,9 @@ class Session:
         if FORECAST_INPUT in past:
             past[FORECAST_INPUT] = self.arrays.array(past[FORECAST_INPUT])
         found = self.run(entry.variant, {**env, **past})
-        self.trajectories.keep(trajectory, entry.fills, found)
-        return found
+        outputs, guided = self.guidance.end(guided, index, call, found)
+        self.trajectories.keep(replace(trajectory, guided=guided), entry.fills, found)
+        return outputs
 
     def step_index(self, values: Mapping[str, Any]) -> int | None:
         """Which step of the schedule a timestep is; None when there is no schedule.

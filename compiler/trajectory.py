@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from effuse.arrays import Arrays
+from effuse.guidance import Guided
 from effuse.plan import FORECAST_INPUT, Plan, PlanStep, ProgramSpec, Role, Slot
 
 KEPT_TRAJECTORIES = 4  # guidance as two calls, for two pictures in turns
@@ -38,6 +39,21 @@ class Trajectory:
     latent: Any
     step: int
     slots: Mapping[str, tuple[Kept, ...]] = field(default_factory=dict)  # latest first
+    rows: tuple[int, ...] | None = None  # which of the call's the slots hold; None: all
+    guided: Guided | None = None
+
+    def on(self, rows: tuple[int, ...] | None) -> Trajectory:
+        """With slots of those rows of the call only; with none, if they do not hold them all."""
+        if rows == self.rows:
+            return self
+        count = len(self.latent)
+        held, wanted = (range(count) if each is None else each for each in (self.rows, rows))
+        if not set(wanted) <= set(held):
+            return replace(self, slots={}, rows=rows)
+        places = [held.index(row) for row in wanted]
+        slots = {name: tuple(replace(each, value=each.value[places]) for each in kept)
+                 for name, kept in self.slots.items()}  # fmt: skip
+        return replace(self, slots=slots, rows=rows)
 
     def past(self, slot: Slot, step: PlanStep) -> list[Any] | None:
         """The slot's values that the step reads, latest first, or None if they are not there.
@@ -63,7 +79,7 @@ class Trajectories:
     def __init__(self, spec: ProgramSpec, arrays: Arrays) -> None:
         self._arrays = arrays
         self._slots = {slot.name: slot for slot in spec.plan.slots}
-        self._last = len(spec.plan.steps) - 1
+        self._last = max(len(spec.plan.steps), len(spec.timesteps or ())) - 1
         self._latent = next((item.name for item in spec.inputs if item.role is Role.LATENT), "")
         self._prompt = [item.name for item in spec.inputs if item.role is Role.PROMPT]
         self._under_way: list[Trajectory] = []
