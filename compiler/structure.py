@@ -2,22 +2,23 @@
 
 Everything is found in the dataflow. A long skip is a concatenation of two values of which one is
 computed from the other. A residual span is a sum of two values of which one is computed from the
-other, or both from a third one and one of them by a projection only. No class or module name
-counts.
+other, or both from a third one, and one of them past a single layer at most. No class or module
+name counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from operator import getitem
 from typing import Any
 
 import torch
 from torch import fx
 
 from effuse.cost import node_flops
-from effuse.graph import calls, module_path, outputs, value_of
+from effuse.graph import calls, module_path, value_of
 from effuse.plan import Depends
 from effuse.program import Part, Program
 from effuse.rates import dependences
@@ -34,6 +35,14 @@ LAYERS = (
     aten.scaled_dot_product_attention.default,
 )
 SCALED = (aten.div.Tensor, aten.mul.Tensor)
+PIECES = (
+    getitem,
+    aten.slice.Tensor,
+    aten.narrow.default,
+    aten.chunk.default,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+)
 
 
 @dataclass(frozen=True)
@@ -49,8 +58,9 @@ class LongSkip:
 class Span:
     """`join` = shortcut + branch, the branch computed from `entry`.
 
-    `shortcut` is `entry` itself or a projection of it; `inner` is the branch before a gate that
-    changes slower than the latent (DiT's adaLN), or the branch itself where there is none.
+    `shortcut` is `entry` itself, or what a projection or resampling makes of it; `inner` is the
+    branch before a gate that changes slower than the latent (DiT's adaLN), or the branch itself
+    where there is none.
     """
 
     entry: fx.Node
@@ -67,7 +77,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Chain:
-    """Consecutive spans on one stream: each one's join is the next one's entry."""
+    """Consecutive spans on one stream: each one's join is the next one's shortcut, and no more."""
 
     spans: tuple[Span, ...]
 
@@ -91,6 +101,24 @@ class Chain:
                 break
             common.append(words[0])
         return ".".join(common) or self.spans[0].name
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A stream behind its first block, as far as it goes: `exit` has the shape of `entry`."""
+
+    first: Chain
+    exit: fx.Node
+
+    @property
+    def entry(self) -> fx.Node:
+        """The stream after the first block."""
+        return self.first.exit
+
+    @property
+    def name(self) -> str:
+        """Where in the user's network it starts."""
+        return f"all after {self.first.name}"
 
 
 class Structure:
@@ -143,26 +171,27 @@ class Structure:
         if not (self.fresh(one) and self.fresh(other)) or not _same_shape(join, one, other):
             return None
         for shortcut, branch in ((one, other), (other, one)):
-            entry = shortcut
-            if not self.computed_from(branch, entry):
-                entry = self._projected(shortcut) or shortcut
-            if self.computed_from(branch, entry) and self._layers(branch, entry):
+            entry = self._entry(shortcut, branch)
+            if entry is not None and self._own_layer(entry, branch, shortcut):
                 return Span(entry, shortcut, branch, self._before_gate(branch), join)
         return None
 
-    def _projected(self, node: fx.Node) -> fx.Node | None:
-        """What a single layer on the shortcut projects, or None."""
-        while node.op == "call_function" and node.target not in LAYERS:
+    def _entry(self, shortcut: fx.Node, branch: fx.Node) -> fx.Node | None:
+        """What both are computed from, with one layer on the shortcut at most; or None."""
+        node, layers = shortcut, 0
+        while not self.computed_from(branch, node):
+            layers += node.target in LAYERS
             sources = [each for each in node.all_input_nodes if self.fresh(each)]
-            if len(sources) != 1:
+            if len(sources) != 1 or layers > 1:
                 return None
             node = sources[0]
-        source = node.args[0] if node.op == "call_function" else None
-        return source if isinstance(source, fx.Node) else None
+        return node
 
-    def _layers(self, branch: fx.Node, entry: fx.Node) -> bool:
-        """Whether there is a layer between the two."""
-        return any(node.target in LAYERS for node in self.between(entry, branch))
+    def _own_layer(self, entry: fx.Node, branch: fx.Node, shortcut: fx.Node) -> bool:
+        """Whether the branch has a layer of its own; the halves of a rotary embedding share it."""
+        shared = self._sources[shortcut]
+        return any(node.target in LAYERS and not shared >> self.order[node] & 1
+                   for node in self.between(entry, branch))  # fmt: skip
 
     def between(self, entry: fx.Node, end: fx.Node) -> list[fx.Node]:
         """The nodes on the ways from `entry` to `end`, which is included."""
@@ -201,15 +230,21 @@ class Structure:
 
     @cached_property
     def chains(self) -> tuple[Chain, ...]:
-        """The layers in runs: one's join is the next one's shortcut; a projection starts anew."""
+        """The layers in runs; a projection starts anew, and so does a stream that others read."""
         runs: list[list[Span]] = []
         for span in self.layers:
-            last = next((run for run in runs if run[-1].join is span.shortcut), None)
+            last = next((run for run in runs if self._continues(run[-1].join, span)), None)
             if last is None:
                 runs.append([span])
             else:
                 last.append(span)
         return tuple(Chain(tuple(run)) for run in runs)
+
+    def _continues(self, stream: fx.Node, span: Span) -> bool:
+        """Whether the span adds to the stream, and nothing else reads it (as a long skip does)."""
+        return stream is span.shortcut and all(
+            user is span.join or self.computed_from(span.join, user) for user in stream.users
+        )
 
     @cached_property
     def blocks(self) -> tuple[Chain, ...]:
@@ -217,46 +252,75 @@ class Structure:
         return tuple(block for chain in self.chains for block in self.periods(chain))
 
     def periods(self, chain: Chain) -> list[Chain]:
-        """The repeated pieces of a chain; the whole of it if nothing longer than a span repeats."""
-        kinds = [self._kind(span) for span in chain.spans]
-        count = len(kinds)
-        for period in range(2, count // 2 + 1):
-            if count % period == 0 and kinds == kinds[:period] * (count // period):
-                groups = range(0, count, period)
-                return [Chain(chain.spans[start : start + period]) for start in groups]
-        return [chain]
+        """The shortest pieces that the chain repeats; the whole of it if nothing repeats."""
+        spans, kinds = chain.spans, [self._kind(span) for span in chain.spans]
+        period = next(
+            each for each in range(1, len(spans) + 1)
+            if len(spans) % each == 0 and kinds == kinds[:each] * (len(spans) // each)
+        )  # fmt: skip
+        return [Chain(spans[start : start + period]) for start in range(0, len(spans), period)]
 
     def _kind(self, span: Span) -> tuple[Any, ...]:
         """What a span computes, whatever its weights: its layers' ops and shapes."""
         found = (node for node in self.between(span.entry, span.branch) if node.target in LAYERS)
         return tuple((str(node.target), _shape(node)) for node in found)
 
-    def stack(self) -> Chain | None:
-        """The chain with the most arithmetic in it, if there is any chain."""
-        return max(self.chains, key=self._chain_flops, default=None)
+    def stack(self) -> Stack | None:
+        """Of the chains' streams, behind their first blocks, the one with the most arithmetic."""
+        firsts = [self.periods(chain)[0] for chain in self.chains]
+        found = ((first, self.stream_end(first.exit)) for first in firsts)
+        stacks = [Stack(first, end) for first, end in found if end is not None]
+        return max(stacks, key=self._stack_flops, default=None)
 
-    def _chain_flops(self, chain: Chain) -> int:
-        return sum(map(node_flops, self.between(chain.entry, chain.exit)))
+    def _stack_flops(self, stack: Stack) -> int:
+        return sum(self._flops[node] for node in self.between(stack.entry, stack.exit))
+
+    @cached_property
+    def _flops(self) -> dict[fx.Node, int]:
+        return {node: node_flops(node) for node in self.order}
+
+    def stream_end(self, entry: fx.Node) -> fx.Node | None:
+        """The last sum (or piece of one) of the entry's shape that every way to the output passes.
+
+        A stream may meet another on the way, be joined to it and cut off again, as FLUX's are.
+        """
+        joins = {span.join for span in self.spans}
+        ends = [node for node in self.bottlenecks(entry)
+                if _same_shape(node, entry) and _uncut(node) in joins]  # fmt: skip
+        return ends[-1] if ends else None
+
+    def bottlenecks(self, entry: fx.Node) -> list[fx.Node]:
+        """The values that every way from `entry` to the output passes, in order."""
+        ways = [entry, *self.between(entry, self.part.graph.output_node())]
+        inside, found, reached = set(ways), [], 0
+        for node in ways:
+            if reached <= self.order[node]:  # no way leads past it
+                found.append(node)
+            reached = max([reached, *(self.order[user] for user in node.users if user in inside)])
+        return found[1:-1]
 
 
-def reused_share(part: Part, cached: Sequence[fx.Node]) -> float:
-    """The share of a graph's arithmetic that is not needed once `cached` are given (0 to 1)."""
-    total = sum(map(node_flops, calls(part.graph)))
-    needed: set[fx.Node] = set()
-    queue = [node for node in outputs(part.graph) if node not in cached]
-    while queue:
-        node = queue.pop()
-        if node not in needed:
-            needed.add(node)
-            queue += [source for source in node.all_input_nodes if source not in cached]
-    return 1 - sum(map(node_flops, needed)) / total if total else 0.0
+def _uncut(node: fx.Node) -> fx.Node:
+    """What the node is a piece of, or the node itself."""
+    while node.target in PIECES and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def reused_share(full: Part, reading: Part) -> float:
+    """The share of a part's arithmetic that another one leaves out (0 to 1)."""
+    total, left = (sum(map(node_flops, calls(part.graph))) for part in (full, reading))
+    return 1 - left / total if total else 0.0
 
 
 def module_outputs(part: Part, path: str) -> list[fx.Node]:
-    """The values that leave the module at `path`: those that something outside of it reads."""
-    inside = {node: _inside(node, path) for node in calls(part.graph)}
-    leaving = {node for node in inside if not all(inside.get(user) for user in node.users)}
-    return [node for node in inside if inside[node] and node in leaving]
+    """The tensors that leave the module at `path`: those that something outside of it reads."""
+    inside: dict[fx.Node, bool] = {}
+    for node in calls(part.graph):  # a member of a tuple leaves as the tuple does
+        member = node.target is getitem and inside.get(node.args[0])  # type: ignore[arg-type]
+        inside[node] = bool(member) or _inside(node, path)
+    return [node for node in inside if inside[node] and isinstance(value_of(node), torch.Tensor)
+            and not all(inside.get(user) for user in node.users)]  # fmt: skip
 
 
 def _inside(node: fx.Node, path: str) -> bool:

@@ -28,7 +28,7 @@ from torch import fx
 from effuse import schedule as schedules
 from effuse.errors import ConfigError, PassError, nearest
 from effuse.passes.base import Pass, Work
-from effuse.passes.cut import Target, fill, reuse, slots
+from effuse.passes.cut import Target, fill, read, reuse, slots
 from effuse.passes.features import Features, fitted_weights, gram_matrix
 from effuse.plan import Plan, PlanStep
 from effuse.program import Part, Program
@@ -36,6 +36,7 @@ from effuse.structure import Chain, Structure, module_outputs, modules, reused_s
 
 Mode = Literal["deep", "encoder", "block", "layer", "unit", "residual"]
 Named = Literal["uniform", "nonuniform", "propagation", "fitted"]
+CHOSEN = ("unit", "layer", "block")  # modes with places that include and exclude choose from
 
 
 @dataclass(frozen=True)
@@ -78,15 +79,24 @@ class Cache(Pass):
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, get_args(Mode))
+        check_sequence("at", self.at, "module paths")
         check_choice("forecast", self.forecast, ("polynomial", "fitted"))
         if isinstance(self.schedule, str):
             check_choice("schedule", self.schedule, get_args(Named))
+        else:
+            check_sequence("schedule", self.schedule, "full steps")
         check_whole("interval", self.interval, 1)
         check_whole("order", self.order, 0, 2)
         check_whole("warmup", self.warmup, 1)
         check_whole("branch", self.branch, 0)
         if self.full_steps is not None:
             check_whole("full_steps", self.full_steps, 1)
+        if (self.include or self.exclude) and (self.at or self.mode not in CHOSEN):
+            raise ConfigError(
+                f"cache: include and exclude choose among the places of mode {', '.join(CHOSEN)}"
+            )
+        if self.schedule != "fitted" and (self.full_steps, self.error) != (None, None):
+            raise ConfigError('cache: full_steps and error belong to schedule="fitted"')
 
     def requires(self, program: Program) -> str | None:
         """A known schedule, and a plan without slots."""
@@ -100,8 +110,6 @@ class Cache(Pass):
         """Cut the default variant, and plan when which half runs."""
         full = program.part(program.plan.default)
         targets = self.targets(full, program)
-        if not work.log.spend("cache"):
-            return program
         filling = fill(full, targets)
         keys = self.rule(len(program.timesteps or ()))
         gram = self._gram(program, filling, targets, work)
@@ -112,8 +120,10 @@ class Cache(Pass):
         if not depth:
             work.log.note("every step is full: nothing is reused")
             return program
+        if not work.log.spend("cache"):
+            return program
         reading = reuse(full, "reuse", targets, depth)
-        share = reused_share(full, [target.value for target in targets])
+        share = reused_share(full, reading)
         work.log.note(
             f"{len(keys)} of {len(steps)} steps in full; the others leave out {share:.1%} of the "
             f"arithmetic ({', '.join(summary(targets))})"
@@ -128,22 +138,29 @@ class Cache(Pass):
         Raises:
             PassError: the network has no such place; the message says which it has.
         """
-        found = named(full, self.at) if self.at else MODE_TARGETS[self.mode](self, full, program)
-        if self.mode in ("unit", "layer", "block") and not self.at:
-            found = [target for target in found if self.unwanted(target.name) is None]
+        places = (
+            named(full, program, self.at)
+            if self.at
+            else MODE_TARGETS[self.mode](self, full, program)
+        )
+        places = [target for target in places if target.value.op == "call_function"]
+        found = [target for target in places if self.at or self.unwanted(target.name) is None]
         if not found:
-            raise PassError(f"cache: {self._nothing(full, program)}")
+            raise PassError(f"cache: {self._nothing(full, program, [t.name for t in places])}")
         order = {node: index for index, node in enumerate(full.graph.nodes)}
         unique = {target.slot: target for target in found}
-        return sorted(unique.values(), key=lambda target: order[target.value])
+        return read(full, sorted(unique.values(), key=lambda target: order[target.value]))
 
-    def _nothing(self, full: Part, program: Program) -> str:
+    def _nothing(self, full: Part, program: Program, places: Sequence[str]) -> str:
+        if places:
+            return f"include and exclude leave none of {', '.join(places)}"
         structure = Structure(full, program)
         has = {
             "deep, encoder": len(structure.skips),
             "unit": len(structure.units),
             "layer": len(structure.layers),
             "block": len(structure.blocks),
+            "residual": int(structure.stack() is not None),
         }
         other = ", ".join(f"mode={name!r} ({count})" for name, count in has.items() if count)
         left = f"this network has places for {other}" if other else "no mode finds a place in it"
@@ -225,6 +242,12 @@ def check_choice(name: str, value: str, known: Iterable[str]) -> None:
         raise ConfigError(f"cache: {name}={value!r} is unknown{nearest(str(value), known)}")
 
 
+def check_sequence(name: str, value: Any, what: str) -> None:
+    """Raise ConfigError for an option that is no sequence, or a string."""
+    if not isinstance(value, (tuple, list)):
+        raise ConfigError(f"cache: {name}={value!r}: expected a sequence of {what}")
+
+
 def check_whole(name: str, value: int, low: int, high: int | None = None) -> None:
     """Raise ConfigError for a number that is not whole or out of its range."""
     whole = isinstance(value, int) and not isinstance(value, bool)
@@ -239,20 +262,23 @@ def summary(targets: Sequence[Target], most: int = 3) -> list[str]:
     return names if len(names) <= most else [*names[:most], f"… {len(names)} in all"]
 
 
-def named(full: Part, paths: Sequence[str]) -> list[Target]:
+def named(full: Part, program: Program, paths: Sequence[str]) -> list[Target]:
     """The outputs of the modules that a person names; patterns may be used.
 
     Raises:
-        PassError: the network has no such module.
+        PassError: the network has no such module, or nothing of it changes with the latent.
     """
-    known = modules(full)
+    known, structure = modules(full), Structure(full, program)
     found = []
     for pattern in paths:
         matching = [path for path in known if fnmatch.fnmatch(path, pattern)]
-        values = [node for path in matching for node in module_outputs(full, path)]
-        if not values:
+        if not matching:
             raise PassError(f"cache: at={pattern!r} names no module{nearest(pattern, known)}")
-        found += [Target(pattern, node) for node in values]
+        values = [node for path in matching for node in module_outputs(full, path)]
+        fresh = [node for node in values if structure.fresh(node)]
+        if not fresh:
+            raise PassError(f"cache: at={pattern!r} gives nothing that changes with the latent")
+        found += [Target(pattern, node) for node in fresh]
     return found
 
 
@@ -297,12 +323,8 @@ def _added(chain: Chain) -> Target:
 
 
 def _residual(options: Cache, full: Part, program: Program) -> list[Target]:
-    structure = Structure(full, program)
-    stack = structure.stack()
-    blocks = structure.periods(stack) if stack else []
-    if len(blocks) < 2:
-        return []
-    return [Target(f"{blocks[1].name} to {blocks[-1].name}", blocks[-1].exit, blocks[0].exit)]
+    stack = Structure(full, program).stack()
+    return [Target(stack.name, stack.exit, stack.entry)] if stack else []
 
 
 MODE_TARGETS = {

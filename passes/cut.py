@@ -9,24 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import fx
 
 from effuse.graph import (
-    calls,
     clone,
     drop_unused_inputs,
     eliminate,
     emit,
     emit_input,
     fake_mode,
-    inputs,
     outputs,
     set_outputs,
     substitute,
     value_of,
 )
+from effuse.log import Log
+from effuse.passes import canonicalize
 from effuse.plan import FORECAST_INPUT, Dim, Slot
 from effuse.program import Part
 
@@ -66,10 +67,7 @@ def fill(part: Part, targets: Sequence[Target]) -> Part:
         value = mapping[target.value]
         if target.start is not None:
             with graph.inserting_after(value):
-                anchor = graph.call_function(_nothing)
-            with graph.inserting_before(anchor):
                 value = emit(graph, aten.sub.Tensor, value, mapping[target.start], like=value)
-            graph.erase_node(anchor)
         found.append(value)
     set_outputs(graph, (*outputs(graph), *found))
     return replace(part, graph=graph, outputs=(*part.outputs, *(t.slot for t in targets)))
@@ -79,14 +77,15 @@ def reuse(part: Part, name: str, targets: Sequence[Target], depth: int) -> Part:
     """The variant that reads the targets' past, without what only they needed."""
     graph, mapping = clone(part.graph)
     weights = _weights(graph, depth)
-    for target, slot in zip(targets, slots(targets, depth), strict=True):
+    kept = zip(targets, slots(targets, depth), strict=True)
+    pasts = [(target, [emit_input(graph, name, value_of(mapping[target.value]))
+                       for name in slot.past]) for target, slot in kept]  # fmt: skip
+    for target, past in reversed(pasts):  # the last first: a stream may start at a value cut next
         value = mapping[target.value]
-        past = [emit_input(graph, each, value_of(value)) for each in slot.past]
-        after = value if target.start is None else mapping[target.start]
-        with graph.inserting_before(after if target.start is None else _next(after)):
+        with graph.inserting_before(value):
             new = forecast(graph, past, weights, like=value)
             if target.start is not None:
-                new = emit(graph, aten.add.Tensor, after, new, like=value)
+                new = emit(graph, aten.add.Tensor, mapping[target.start], new, like=value)
         substitute(value, new)
     sizes_from_inputs(graph)
     eliminate(graph)
@@ -94,12 +93,10 @@ def reuse(part: Part, name: str, targets: Sequence[Target], depth: int) -> Part:
     return replace(part, name=name, graph=graph)
 
 
-def _next(node: fx.Node) -> fx.Node:
-    """The first node behind `node` that is not an input."""
-    found: fx.Node = node.next
-    while found.op == "placeholder":
-        found = found.next
-    return found
+def read(part: Part, targets: Sequence[Target]) -> list[Target]:
+    """Those of `targets` that are read once all are cached; others only feed what is cached."""
+    found = reuse(part, "read", targets, 1).inputs
+    return [target for target in targets if _slot(target, 1).past[0] in found]
 
 
 def _weights(graph: fx.Graph, depth: int) -> list[fx.Node]:
@@ -108,34 +105,35 @@ def _weights(graph: fx.Graph, depth: int) -> list[fx.Node]:
         return []
     one = fake_mode(graph).from_tensor(torch.zeros(depth))
     given = emit_input(graph, FORECAST_INPUT, one)
-    with graph.inserting_before(_next(inputs(graph)[-1])):
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(first):
         return [emit(graph, aten.select.int, given, 0, age) for age in range(depth)]
 
 
 def forecast(
     graph: fx.Graph, past: Sequence[fx.Node], weights: Sequence[fx.Node], like: fx.Node
 ) -> fx.Node:
-    """Σ weight · past value, in the values' dtype; the one value itself without weights."""
-    total: fx.Node = past[0]
-    for number, (value, weight) in enumerate(zip(past, weights, strict=True) if weights else ()):
-        dtype = value_of(value).dtype
-        if value_of(weight).dtype != dtype:
-            weight = emit(graph, aten.to.dtype, weight, dtype, like=like)
-        term = emit(graph, aten.mul.Tensor, value, weight, like=like)
-        total = emit(graph, aten.add.Tensor, total, term, like=like) if number else term
-    return total
+    """Σ weight · past value, accumulated in float32 at least; the one value without weights."""
+    if not weights:
+        return past[0]
+    given = value_of(past[0]).dtype
+    wide = torch.promote_types(given, torch.float32)
+    terms = [
+        emit(graph, aten.mul.Tensor, cast(value, wide, like), cast(weight, wide, like), like=like)
+        for value, weight in zip(past, weights, strict=True)
+    ]
+    total = reduce(lambda sum, term: emit(graph, aten.add.Tensor, sum, term, like=like), terms)
+    return cast(total, given, like)
+
+
+def cast(node: fx.Node, dtype: torch.dtype, like: fx.Node) -> fx.Node:
+    """The value in this dtype."""
+    if value_of(node).dtype == dtype:
+        return node
+    converted: fx.Node = emit(node.graph, aten.to.dtype, node, dtype, like=like)
+    return converted
 
 
 def sizes_from_inputs(graph: fx.Graph) -> None:
     """An open size -> read from an input that has it, so that no computed value lives for it."""
-    places = {str(size): (node, axis) for node in inputs(graph)
-              for axis, size in enumerate(value_of(node).shape)}  # fmt: skip
-    for node in calls(graph, aten.sym_size.int):
-        known = places.get(str(value_of(node)))
-        if known and known[0] is not node.args[0]:
-            with graph.inserting_before(node):
-                substitute(node, emit(graph, aten.sym_size.int, *known, like=node))
-
-
-def _nothing() -> None:
-    """A place in the graph, for inserting before."""
+    canonicalize.sizes_from_inputs(graph, Log())

@@ -81,5 +81,7 @@ def fitted_weights(
     """The weights w with the least |F_at - Σ_j w_j F_sources_j|², by the normal equations."""
     chosen = list(sources)
     system = gram[np.ix_(chosen, chosen)]
-    ridge = RIDGE * np.trace(system) * np.eye(len(chosen))
+    ridge = (RIDGE * np.trace(system) or 1.0) * np.eye(
+        len(chosen)
+    )  # nothing but zeros: any will do
     return tuple(float(w) for w in np.linalg.solve(system + ridge, gram[chosen, at]))
