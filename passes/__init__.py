@@ -8,11 +8,13 @@ from effuse.passes.cache import Cache
 from effuse.passes.canonicalize import Canonicalize
 from effuse.passes.hoist import Hoist
 from effuse.passes.quantize import Quantize
+from effuse.passes.skip import Skip
 
 ORDER: tuple[type[Pass], ...] = (
     Canonicalize,  # first: later rules see one way to write a thing
     Hoist,  # before anything lossy: tables and prompt values stay exact
     Cache,  # before calibration: bits are measured on the trajectory that the plan runs
+    Skip,  # after the cache, whose variants it thins out
     Quantize,  # last: it measures the network as it will really run
 )
 
@@ -25,4 +27,14 @@ PRESETS: dict[str, tuple[Pass, ...]] = {
     "w8a8-dynamic": (Hoist(), Quantize("w8a8", activations="dynamic")),
 }
 
-__all__ = ["BY_NAME", "ORDER", "PRESETS", "Cache", "Canonicalize", "Hoist", "Pass", "Quantize"]
+__all__ = [
+    "BY_NAME",
+    "ORDER",
+    "PRESETS",
+    "Cache",
+    "Canonicalize",
+    "Hoist",
+    "Pass",
+    "Quantize",
+    "Skip",
+]
