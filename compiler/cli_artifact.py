@@ -75,16 +75,25 @@ def report(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE.html", help="Write HTML too.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Show what compiling an artifact did.
 
-    Passes, figures, and what was left alone and why.
+    Passes, figures, the plan by step, and what was left alone and why.
 
     \b
     Examples:
       effuse report unet.effuse
       effuse report unet.effuse -o unet.html
+      effuse report unet.effuse --json
     """
+    if as_json and output is not None:
+        raise typer.BadParameter("--json: prints the figures; give -o in a call of its own")
+    if as_json:
+        from effuse.cli_tables import show_figures
+
+        show_figures(artifact)
+        return
     from effuse.cli_bench import show_report
 
     show_report(artifact, output)

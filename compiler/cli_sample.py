@@ -19,6 +19,7 @@ from effuse import api
 from effuse.cli_text import check_place, out, shape_text, size_text, whole_file
 from effuse.errors import ConfigError, InputError, nearest, require
 from effuse.plan import Input, ProgramSpec, Role
+from effuse.report_plan import variants_text
 
 Values = dict[str, Any]  # label -> array
 
@@ -211,8 +212,10 @@ def sample(request: Sampling) -> None:
     console.print(
         f"[bold]wrote[/] {escape(str(request.output))} "
         f"({size_text(request.output.stat().st_size)}, {shape[0]} pictures, {steps} steps, "
-        f"{1000 * seconds / steps:.0f} ms a step)"
+        f"{seconds:.1f} s, {1000 * seconds / steps:.0f} ms a step)"
     )
+    if ran := variants_text(compiled.session.steps):
+        console.print(f"ran {ran}")
 
 
 def sampling_inputs(

@@ -103,6 +103,13 @@ def artifact_figures(target: str) -> dict[str, Any]:
     }
 
 
+def show_figures(target: str) -> None:
+    """Print an artifact's report as one JSON document."""
+    from effuse.report import Report
+
+    print(json.dumps(Report(Opened(target).manifest).data()))
+
+
 def show_rates(console: Console, data: Mapping[str, Any]) -> None:
     """What changes how often, and the share that leaves the step program."""
     columns = ("parameters", "share", "FLOPs a run")

@@ -6,7 +6,10 @@ matrices and convolutions count; open sizes count at the value that they had at 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from math import prod
 from operator import getitem
 from typing import Any
@@ -16,12 +19,15 @@ from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
-from effuse.graph import Weights, calls
+from effuse.graph import Weights, calls, module_path
 from effuse.plan import Depends, Rate
 from effuse.program import Part, Program, used_weights
 from effuse.rates import dependences
 
 Shape = tuple[int, ...]
+
+MOST_BLOCKS = 48  # rows that a picture of the plan has room for
+WORD = re.compile(r"[^.]+(?:\.\d+)*")  # a module's name with its number: resnets.1
 
 aten = torch.ops.aten
 
@@ -149,3 +155,65 @@ def part_costs(part: Part, weights: Weights) -> dict[str, int]:
         "weight_bytes": sum(tensor.numel() * tensor.element_size() for tensor in stored),
         "flops": sum(node_flops(node) for node in calls(part.graph)),
     }
+
+
+def plan_costs(program: Program) -> dict[str, Any]:
+    """The plan's arithmetic: FLOPs of each block in each variant, of the plan, and of full steps.
+
+    Blocks are modules, in the default variant's order. Empty where the plan lists no step, and
+    where a variant is chosen at run time each step counts as planned.
+    """
+    steps = Counter(step.variant for step in program.plan.steps)
+    if not steps:
+        return {}
+    default = program.plan.default
+    parts = sorted(program.variants, key=lambda part: part.name != default)
+    flops = {part.name: module_flops(part) for part in parts}
+    blocks = block_names([path for found in flops.values() for path in found])
+    variants: dict[str, Counter[str]] = {name: Counter() for name in flops}
+    for name, found in flops.items():
+        for path, count in found.items():
+            variants[name][blocks[path]] += count
+    rows = list(dict.fromkeys(blocks.values()))
+    totals = {name: counts.total() for name, counts in variants.items()}
+    return {
+        "blocks": rows,
+        "variants": {name: [counts[row] for row in rows] for name, counts in variants.items()},
+        "flops": sum(count * totals[name] for name, count in steps.items()),
+        "full_flops": steps.total() * totals[default],
+    }
+
+
+def module_flops(part: Part) -> Counter[str]:
+    """FLOPs by module path, in the graph's order, of the modules that have any."""
+    counts: Counter[str] = Counter()
+    for node in calls(part.graph):
+        if flops := node_flops(node):
+            counts[module_path(node)] += flops
+    return counts
+
+
+def block_names(paths: Sequence[str], most: int = MOST_BLOCKS) -> dict[str, str]:
+    """Module path -> its block: the smallest modules of which there are not too many.
+
+    Where the outermost modules are too many already, numbered neighbours become one block.
+    """
+    deepest = max((len(WORD.findall(path)) for path in paths), default=1)
+    for level in range(deepest, 0, -1):
+        found = {path: ".".join(WORD.findall(path)[:level]) for path in paths}
+        if len(set(found.values())) <= most:
+            return found
+    names = list(dict.fromkeys(found.values()))
+    joined = dict(_joined(names, -(-len(names) // most)))
+    return {path: joined[name] for path, name in found.items()}
+
+
+def _joined(names: Iterable[str], size: int) -> Iterator[tuple[str, str]]:
+    """Each name, and that of the run of up to `size` numbered neighbours that it is in."""
+    for stem, group in groupby(names, lambda name: name.rstrip("0123456789")):
+        run = list(group)
+        for start in range(0, len(run), size):
+            ends = run[start : start + size]
+            last = ends[-1].removeprefix(stem)
+            label = ends[0] if len(ends) == 1 else f"{ends[0]}\N{EN DASH}{last}"
+            yield from ((name, label) for name in ends)

@@ -2,15 +2,18 @@
 
 Each step's error is measured like with like: the original's own inputs, recorded along its
 trajectory, go into every network (teacher-forced), since one network's error moves the next input.
-Pictures come from each network's own trajectory, where errors do add up.
+Pictures come from each network's own trajectory, where errors do add up. The time that counts is
+that of a whole run, since a network that reuses features has quick steps and slow ones.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import statistics
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +29,7 @@ OnStep = Callable[[int, Any, Any], None]  # index, timestep, the network's outpu
 Sampler = Callable[[Model, OnStep], Any]  # -> final latents in [-1, 1], (n, 3, h, w)
 Progress = Callable[[str, int, int], None]
 
+RECENT = 16  # tensors that a new one is compared with: prompts stay the same
 CPUINFO = Path("/proc/cpuinfo")  # Linux: the processor's name, which platform does not know
 
 
@@ -35,21 +39,25 @@ class Run:
 
     name: str
     ms_per_step: float  # median
+    ms_per_run: float  # of all steps: the sum of each one's median
     megabytes: float
     pictures: np.ndarray[Any, Any]  # uint8, (n, h, w, 3)
     psnr_db: float  # of all pictures together; 200 where no pixel differs
     psnr_each: tuple[float, ...]  # dB, one a picture
-    step_sqnr_db: tuple[float | None, ...]  # one a step; None where the step was not kept
+    step_sqnr_db: tuple[float | None, ...]  # one a step; None where it is not known
+    variants: Mapping[str, int] = field(default_factory=dict)  # calls while sampling, by variant
 
     def to_json(self) -> dict[str, Any]:
         """The figures, without the pixels."""
         return {
             "name": self.name,
             "ms_per_step": self.ms_per_step,
+            "ms_per_run": self.ms_per_run,
             "megabytes": self.megabytes,
             "psnr_db": self.psnr_db,
             "psnr_each": list(self.psnr_each),
             "step_sqnr_db": list(self.step_sqnr_db),
+            "variants": dict(self.variants),
         }
 
 
@@ -64,8 +72,8 @@ class Evaluation:
     machine: Mapping[str, Any]
 
     def speedup(self, run: Run) -> float:
-        """How many times as fast as the reference a step of `run` is."""
-        return self.reference.ms_per_step / run.ms_per_step
+        """How many times as fast as the reference the whole of `run` is."""
+        return self.reference.ms_per_run / run.ms_per_run
 
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON's own types, without the pixels."""
@@ -85,7 +93,8 @@ def evaluate(
     prompts: Sequence[str],
     *,
     rounds: int = 2,
-    keep: int = 64,
+    keep: int = 1000,
+    memory: float = 2e9,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Sample with every model from the same noise, and compare with the first.
@@ -98,7 +107,10 @@ def evaluate(
         prompts: one a picture.
         rounds: how often the models are timed on the reference's inputs, taking turns call by
             call: a machine that gets busy does so for all. Sampling has warmed them up.
-        keep: the most steps whose inputs are kept for the comparison step by step, evenly spaced.
+        keep: the most steps whose inputs are kept for the comparison step by step. Where there are
+            more they are evenly spaced; the time of a run is then that of the network's own
+            trajectory, and networks whose steps differ are not compared step by step.
+        memory: the most bytes of inputs and outputs that are kept.
         progress: progress(what, done, total) as the work goes on.
 
     Raises:
@@ -107,26 +119,34 @@ def evaluate(
     if not models or min(rounds, keep) < 1:
         raise InputError("evaluate: at least one model, one round and one step to keep are needed")
     show = progress or (lambda what, done, total: None)
-    tape = Tape(keep)
+    tape = Tape(keep, memory)
     with require("torch").no_grad():
         traces = sample_all(models, sample, tape, show)
         for name, found in traces.items():
             check(name, found, prompts)
         replays = replay_all(models, tape, rounds, show)
+        if tape.stride > 1:
+            complete_runs(models, sample, replays, rounds, show)
     reference = next(iter(traces.values()))
     first, *others = (
-        make_run(name, found, models[name][1], reference.pictures, replays[name])
+        make_run(name, found, models[name][1], reference.pictures, replays[name], tape)
         for name, found in traces.items()
     )
     return Evaluation(first, tuple(others), tuple(prompts), tuple(reference.timesteps), machine())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stored:
     """A tensor's copy in memory, and the device that it came from."""
 
     value: Any
     device: Any
+
+    def holds(self, tensor: Any) -> bool:
+        """Whether this is a copy of `tensor`."""
+        mine = self.value
+        same = (mine.shape, mine.dtype, self.device) == (tensor.shape, tensor.dtype, tensor.device)
+        return same and bool((mine == tensor.detach().cpu()).all())
 
     def restored(self) -> Any:
         """The tensor where it was."""
@@ -140,13 +160,6 @@ def tree_map(function: Callable[[Any], Any], value: Any) -> Any:
     if isinstance(value, dict):
         return {key: tree_map(function, item) for key, item in value.items()}
     return function(value)
-
-
-def stored(value: Any) -> Any:
-    """A copy that nobody changes, of a tensor; other values as they are."""
-    if not hasattr(value, "detach"):
-        return value
-    return Stored(value.detach().cpu().clone(), value.device)
 
 
 def restored(value: Any) -> Any:
@@ -175,20 +188,40 @@ class Tape:
     """The calls of a bounded number of steps, evenly spaced however many steps there will be."""
 
     limit: int
+    memory: float = math.inf  # bytes
     steps: dict[int, list[Call]] = field(default_factory=dict)
     stride: int = 1
+    _sizes: Counter[int] = field(default_factory=Counter)  # bytes that each step added
+    _recent: deque[Stored] = field(default_factory=lambda: deque(maxlen=RECENT))
 
-    def wants(self, step: int) -> bool:
-        """Whether the step's calls are kept."""
-        return step % self.stride == 0
-
-    def add(self, step: int, call: Call) -> None:
-        """Keep a call; a full tape first forgets every other step."""
-        if step not in self.steps and len(self.steps) == self.limit:
+    def record(self, step: int, args: Any, kwargs: Any, output: Any) -> None:
+        """Keep copies of a call's arguments and output; a full tape forgets every other step."""
+        if step % self.stride:
+            return
+        arguments = tree_map(lambda value: self._stored(step, value), (args, kwargs))
+        call = Call(arguments, first_output(output))
+        self._sizes[step] += call.output.nbytes
+        self.steps.setdefault(step, []).append(call)
+        while len(self.steps) > 1 and self._full():
             self.stride *= 2
-            self.steps = {index: calls for index, calls in self.steps.items() if self.wants(index)}
-        if self.wants(step):
-            self.steps.setdefault(step, []).append(call)
+            self.steps = {n: calls for n, calls in self.steps.items() if n % self.stride == 0}
+            self._sizes = Counter({n: self._sizes[n] for n in self.steps})
+
+    def _full(self) -> bool:
+        return len(self.steps) > self.limit or self._sizes.total() > self.memory
+
+    def _stored(self, step: int, value: Any) -> Any:
+        """A copy that nobody changes; of a tensor that stays the same, a prompt's, only one."""
+        if not hasattr(value, "detach"):
+            return value
+        known = next((each for each in self._recent if each.holds(value)), None)
+        if known is None:
+            known = Stored(value.detach().cpu().clone(), value.device)
+            self._sizes[step] += known.value.nbytes
+        else:
+            self._recent.remove(known)
+        self._recent.append(known)  # the latest last: what is seen again is not forgotten
+        return known
 
 
 @dataclass
@@ -197,18 +230,19 @@ class Trace:
 
     model: Model
     tape: Tape | None = None
-    calls: int = 0
     timesteps: list[float] = field(default_factory=list)
+    seconds: dict[int, float] = field(default_factory=dict)  # inside the model, by step
+    variants: Counter[str] = field(default_factory=Counter)  # calls, if the model counts them
     pictures: Any = None  # float32 in [-1, 1], (n, 3, h, w)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model gives."""
+        step, start = len(self.timesteps), time.perf_counter()
         output = self.model(*args, **kwargs)
-        self.calls += 1
-        step = len(self.timesteps)
-        if self.tape is not None and self.tape.wants(step):
-            call = Call(tree_map(stored, (args, kwargs)), first_output(output))
-            self.tape.add(step, call)
+        wait_for(output)
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
+        if self.tape is not None:
+            self.tape.record(step, args, kwargs, output)
         return output
 
     def __getattr__(self, name: str) -> Any:
@@ -222,8 +256,16 @@ class Trace:
 
     def sample(self, sample: Sampler) -> Trace:
         """Itself, after sampling."""
+        before = variants_run(self.model)
         self.pictures = np.clip(as_array(sample(self, self.on_step)), -1, 1)
+        self.variants = variants_run(self.model) - before
         return self
+
+
+def variants_run(model: Model) -> Counter[str]:
+    """How often each variant of a compiled network has run so far; empty of another model."""
+    counts = getattr(getattr(model, "session", model), "steps", None)
+    return Counter(counts) if isinstance(counts, Counter) else Counter()
 
 
 def wait_for(output: Any) -> None:
@@ -276,7 +318,7 @@ def check(name: str, trace: Trace, prompts: Sequence[str]) -> None:
             f"evaluate: with {name}, sample returned shape {shape}; expected ({len(prompts)}, 3, "
             "height, width), one picture for each prompt"
         )
-    if not trace.timesteps or not trace.calls:
+    if not trace.timesteps or not trace.seconds:
         raise InputError(
             f"evaluate: with {name}, sample did not call the model that it was handed, or not "
             "on_step(index, timestep, output) after it"
@@ -285,25 +327,49 @@ def check(name: str, trace: Trace, prompts: Sequence[str]) -> None:
 
 @dataclass
 class Replay:
-    """One model on the reference's inputs: seconds of each step, and SQNR (dB) by step."""
+    """One model on the reference's inputs: seconds and SQNR (dB) by step."""
 
-    seconds: list[float] = field(default_factory=list)
+    seconds: dict[int, list[float]] = field(default_factory=dict)  # of each round
     errors: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def typical(self) -> list[float]:
+        """The median seconds of each step."""
+        return [statistics.median(rounds) for rounds in self.seconds.values()]
 
 
 def replay_all(
     models: Mapping[str, tuple[Model, float]], tape: Tape, rounds: int, show: Progress
 ) -> dict[str, Replay]:
-    """Every model at every step of the tape, in turns; every other step in reverse order."""
+    """Every model at every step of the tape, in turns; every other step in reverse order.
+
+    Each model meets the steps in their order, so what it keeps between steps is right.
+    """
     replays = {name: Replay() for name in models}
     total = rounds * len(tape.steps)
     for turn in range(total):
         step, calls = list(tape.steps.items())[turn % len(tape.steps)]
         for name in list(models)[:: 1 if turn % 2 == 0 else -1]:
             seconds, replays[name].errors[step] = repeat_step(models[name][0], calls)
-            replays[name].seconds.append(seconds)
+            replays[name].seconds.setdefault(step, []).append(seconds)
         show("time and compare", turn + 1, total)
     return replays
+
+
+def complete_runs(
+    models: Mapping[str, tuple[Model, float]],
+    sample: Sampler,
+    replays: Mapping[str, Replay],
+    rounds: int,
+    show: Progress,
+) -> None:
+    """Time every step by sampling again, where the tape does not hold them all."""
+    for turn in range(rounds):
+        for name, (model, _) in models.items():
+            seconds = Trace(model).sample(sample).seconds
+            known = replays[name].seconds if turn else {}
+            replays[name].seconds = {n: [*known.get(n, ()), found] for n, found in seconds.items()}
+        show("time complete runs", turn + 1, rounds)
 
 
 def repeat_step(model: Model, calls: Sequence[Call]) -> tuple[float, float]:
@@ -320,18 +386,22 @@ def make_run(
     megabytes: float,
     reference: np.ndarray[Any, Any],
     replay: Replay,
+    tape: Tape,
 ) -> Run:
     """The figures of one model."""
-    pictures, steps = trace.pictures, len(trace.timesteps)
+    pictures, steps, typical = trace.pictures, len(trace.timesteps), replay.typical
+    comparable = tape.stride == 1 or len(trace.variants) <= 1
     pairs = zip(reference, pictures, strict=True)
     return Run(
         name=name,
-        ms_per_step=1000 * statistics.median(replay.seconds),
+        ms_per_step=1000 * statistics.median(typical),
+        ms_per_run=1000 * sum(typical),
         megabytes=megabytes,
         pictures=to_pixels(pictures),
         psnr_db=picture_db(reference, pictures),
         psnr_each=tuple(picture_db(expected, found) for expected, found in pairs),
-        step_sqnr_db=tuple(replay.errors.get(step) for step in range(steps)),
+        step_sqnr_db=tuple(replay.errors.get(n) if comparable else None for n in range(steps)),
+        variants=dict(trace.variants),
     )
 
 

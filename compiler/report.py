@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effuse.errors import ArtifactError, require
-from effuse.report_charts import layer_caption, layer_chart
+from effuse.report_charts import layer_caption, layer_chart, plan_chart
 from effuse.report_pictures import comparison_table, comparison_view, leads
+from effuse.report_plan import plan_line, plan_picture, plan_table
 from effuse.report_tables import (
     details_tables,
     facts,
@@ -22,10 +23,8 @@ from effuse.report_tables import (
     kept_table,
     layers_line,
     layers_table,
-    plan_table,
     rate_bars,
     tables,
-    variants,
 )
 from effuse.report_text import Table
 
@@ -38,7 +37,7 @@ Manifest = Mapping[str, Any]
 # Columns of figures, set flush right wherever they appear.
 FIGURES = {
     *("nodes", "parameters", "MB", "GFLOPs", "SQNR, dB", "layers", "steps", "bytes"),
-    *("ms a step", "speed-up", "PSNR, dB", "worst picture", "worst step"),
+    *("s a run", "ms a step", "speed-up", "PSNR, dB", "worst picture", "worst step"),
 }
 
 
@@ -64,13 +63,16 @@ class Report:
         Raises:
             MissingExtra: rich is not installed.
         """
-        show = (console or require("rich.console").Console()).print
+        console = console or require("rich.console").Console()
+        show, picture = console.print, plan_picture(self.manifest, console.width)
         show(plain(headline(self.manifest)))
         for line in facts(self.manifest, self.seconds):
             show(plain(line))
-        for table in self._tables():
+        for table in self._tables(not picture):
             if table.rows:
                 show(rich_table(table))
+        for line in picture and (plan_line(self.manifest), *picture):
+            show(plain(line), no_wrap=True)
         if self.evaluation is not None:
             for line in leads(self.evaluation):
                 show(plain(line))
@@ -85,8 +87,10 @@ class Report:
         name = str(self.manifest.get("model", {}).get("class", "network"))
         return write_html(path, {name: self}, self.evaluation)
 
-    def _tables(self) -> list[Table]:
-        found = [*tables(self.manifest), kept_table(self.manifest), plan_table(self.manifest)]
+    def _tables(self, with_plan: bool) -> list[Table]:
+        found = [*tables(self.manifest), kept_table(self.manifest)]
+        if with_plan:
+            found.append(plan_table(self.manifest))
         return found if self.evaluation is None else [*found, comparison_table(self.evaluation)]
 
 
@@ -169,7 +173,8 @@ def section_view(name: str, report: Report) -> dict[str, Any]:
         "kept": kept_table(manifest),
         "layers": layers_table(manifest),
         "plan": plan_table(manifest),
-        "strip": variants(manifest),
+        "plan_line": plan_line(manifest),
+        "plan_chart": plan_chart(manifest),
         "details": details_tables(manifest),
         "config": json.dumps(manifest.get("config", {}), indent=2),
     }

@@ -11,7 +11,9 @@ import numpy as np
 
 from effuse.errors import require
 from effuse.metrics import CEILING_DB
+from effuse.report_plan import DECIDES, FORECASTS, HOLDS, KEEPS, PlanGrid, plan_grid
 from effuse.report_tables import worst_first
+from effuse.report_text import percent
 
 if TYPE_CHECKING:
     from effuse.evaluate import Evaluation
@@ -21,6 +23,7 @@ Pixels = np.ndarray[Any, Any]
 
 
 CHARTED_LAYERS = 24
+CLIPPED_DB = 75.0  # under a 5,000th of error nothing is to be seen
 INK, FAINT, PAPER = "#0a0b01", "#0a0b02", "#0a0b03"
 SERIES = tuple(f"#0a0b1{number}" for number in range(6))
 COLORS = {INK: "var(--soft)", FAINT: "var(--line)", PAPER: "var(--paper)"}
@@ -40,24 +43,46 @@ STYLE = {
     "axes.grid": True,
     "axes.axisbelow": True,
 }
+MARKS = {  # what a step does with kept values: colour, filled or not, size, in words
+    KEEPS: (SERIES[1], True, 4.5, "keeps what later steps read"),
+    FORECASTS: (SERIES[1], False, 4.5, "forecasts it from several steps"),
+    HOLDS: (SERIES[1], True, 1.5, "reads it as it was"),
+    DECIDES: (SERIES[3], False, 4.5, "computes in full if a signal says so"),
+}
+MOST_RULED = 120  # steps that are set apart by lines
 
 
 def step_chart(evaluation: Evaluation) -> Any:
     """SQNR by step, one line a run, as inline SVG."""
 
     def draw(axes: Any) -> None:
+        top = ceiling(evaluation)
         for number, run in enumerate(evaluation.runs):
-            points = [(i, v) for i, v in enumerate(run.step_sqnr_db) if drawn(v)]
-            label = run.name if points else f"{run.name} (equal to the bit)"
+            points = [(i, min(v, top)) for i, v in enumerate(run.step_sqnr_db) if v is not None]
+            points = [(i, v) for i, v in points if drawn(v)]
+            equal = all(v == CEILING_DB for v in run.step_sqnr_db)
+            label = f"{run.name} (equal to the bit)" if equal else run.name
             steps, ratios = zip(*points, strict=True) if points else ((), ())
-            axes.plot(steps, ratios, "-o", color=SERIES[number % 6], ms=3.5, lw=1.6, label=label)
+            axes.plot(steps, ratios, "-o", color=SERIES[number % 6], ms=3, lw=1.3, label=label)
         axes.set(xlabel="step", ylabel="SQNR, dB (higher is better)")
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+        if top < CEILING_DB:
+            axes.axhline(top, color=INK, lw=0.8, ls=(0, (4, 3)), zorder=0)
+            axes.annotate(
+                f"{top:g} dB or more", (1, top), (-2, 4), xycoords=("axes fraction", "data"),
+                textcoords="offset points", fontsize=9, ha="right",
+            )  # fmt: skip
         axes.margins(x=0.02)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6, frameon=False)
 
     return chart(draw, 3.2) if evaluation.timesteps and evaluation.runs else ""
+
+
+def ceiling(evaluation: Evaluation) -> float:
+    """The ratio that higher ones are drawn at, so that lower ones have room, in dB."""
+    found = [v for run in evaluation.runs for v in run.step_sqnr_db if v is not None]
+    return CLIPPED_DB if min(found, default=CLIPPED_DB) < CLIPPED_DB / 1.5 else CEILING_DB
 
 
 def drawn(value: float | None) -> bool:
@@ -84,6 +109,59 @@ def layer_chart(manifest: Manifest) -> Any:
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
 
     return chart(draw, 0.9 + 0.21 * len(worst)) if worst else ""
+
+
+def plan_chart(manifest: Manifest) -> Any:
+    """The blocks that each step computes, as inline SVG."""
+    grid = plan_grid(manifest)
+    if grid is None:
+        return ""
+    blocks, steps = grid.shares.shape
+
+    def draw(axes: Any) -> None:
+        draw_cells(axes, grid)
+        draw_marks(axes, grid)
+        for row, weight in enumerate(grid.weights):
+            axes.text(steps - 0.2, row, percent(weight, 1), va="center", fontsize=8.5)
+        axes.set_yticks(range(-1, blocks), ["kept values", *grid.blocks], fontsize=8.5)
+        axes.set(xlabel="step", xlim=(-0.5, steps - 0.5), ylim=(blocks - 0.5, -1.6))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6, frameon=False)
+
+    return chart(draw, 1.2 + 0.19 * blocks)
+
+
+def draw_cells(axes: Any, grid: PlanGrid) -> None:
+    """A cell for each block and step, filled from below as far as the step computes the block."""
+    blocks, steps = grid.shares.shape
+    outline = require("matplotlib.path").Path
+    patches = require("matplotlib.patches")
+    corners = np.array([(0, 0), (1, 0), (1, -1), (0, -1), (0, 0)])
+    cells = [
+        outline(corners * (1, grid.shares[row, step]) + (step - 0.5, row + 0.5), closed=True)
+        for row in range(blocks)
+        for step in range(steps)
+        if grid.shares[row, step]
+    ]
+    filled, style = outline.make_compound_path(*cells), {"color": SERIES[0], "zorder": 1.2}
+    axes.add_patch(patches.PathPatch(filled, lw=0, label="computed", **style))
+    whole = patches.Rectangle((-0.5, -0.5), steps, blocks, color=FAINT, lw=0, label="not computed")
+    axes.add_patch(whole)
+    axes.hlines(np.arange(blocks + 1) - 0.5, -0.5, steps - 0.5, color=PAPER, lw=1.6)
+    if steps <= MOST_RULED:
+        axes.vlines(np.arange(steps + 1) - 0.5, -0.5, blocks - 0.5, color=PAPER, lw=1)
+
+
+def draw_marks(axes: Any, grid: PlanGrid) -> None:
+    """Above each step, what it does with the values that are kept between steps."""
+    for name, (color, filled, size, words) in MARKS.items():
+        steps = [step for step, found in enumerate(grid.marks) if found == name]
+        if steps:
+            fill = color if filled else "none"
+            axes.plot(steps, [-1] * len(steps), "o", color=color, mfc=fill, ms=size, label=words)
 
 
 def draw_layers(

@@ -12,7 +12,8 @@ import numpy as np
 from effuse.errors import require
 from effuse.metrics import CEILING_DB
 from effuse.report_charts import step_chart
-from effuse.report_text import Table, decibels, listed, unbroken
+from effuse.report_plan import variants_text
+from effuse.report_text import Table, decibels, duration, listed, unbroken, without_empty
 
 if TYPE_CHECKING:
     from effuse.evaluate import Evaluation, Run
@@ -35,9 +36,9 @@ def lead(evaluation: Evaluation, run: Run) -> str:
     """What a run buys and what it costs."""
     reference, times = evaluation.reference, evaluation.speedup(run)
     return unbroken(
-        f"a step takes {run.ms_per_step:.0f} ms instead of {reference.ms_per_step:.0f} ms "
-        f"({times:.2f} times as fast), the network {run.megabytes:.1f} MB instead of "
-        f"{reference.megabytes:.1f} MB; {agreement(run)}."
+        f"{len(evaluation.timesteps)} steps take {duration(run.ms_per_run)} instead of "
+        f"{duration(reference.ms_per_run)} ({times:.2f} times as fast), the network "
+        f"{run.megabytes:.1f} MB instead of {reference.megabytes:.1f} MB; {agreement(run)}."
     )
 
 
@@ -53,13 +54,15 @@ def agreement(run: Run) -> str:
 def comparison_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     """The figures of every run, the reference first, and its bars in percent of the longest."""
     everyone = (evaluation.reference, *evaluation.runs)
-    slowest = max(run.ms_per_step for run in everyone) or 1.0
+    slowest = max(run.ms_per_run for run in everyone) or 1.0
     largest = max(run.megabytes for run in everyone) or 1.0
     return [
         {
             "name": run.name,
+            "variants": variants_text(run.variants),
+            "seconds": f"{run.ms_per_run / 1000:.3g}",
             "ms": f"{run.ms_per_step:.1f}",
-            "ms_percent": 100 * run.ms_per_step / slowest,
+            "ms_percent": 100 * run.ms_per_run / slowest,
             "speedup": f"{evaluation.speedup(run):.2f}",
             "mb": f"{run.megabytes:.2f}",
             "mb_percent": 100 * run.megabytes / largest,
@@ -83,10 +86,19 @@ def quality(run: Run, is_reference: bool) -> dict[str, str]:
 
 def comparison_table(evaluation: Evaluation) -> Table:
     """The figures of every run, for a terminal."""
-    columns = ("network", "ms a step", "speed-up", "MB", "PSNR, dB", "worst picture", "worst step")
-    keys = ("name", "ms", "speedup", "mb", "psnr", "worst", "step")
-    rows = [tuple(row[key] for key in keys) for row in comparison_rows(evaluation)]
-    return Table("Compared by sampling", columns, rows)
+    columns = {
+        "network": "name",
+        "s a run": "seconds",
+        "speed-up": "speedup",
+        "ms a step": "ms",
+        "MB": "mb",
+        "PSNR, dB": "psnr",
+        "worst picture": "worst",
+        "worst step": "step",
+        "calls": "variants",
+    }
+    rows = [tuple(row[key] for key in columns.values()) for row in comparison_rows(evaluation)]
+    return without_empty(Table("Compared by sampling", tuple(columns), rows))
 
 
 def comparison_view(evaluation: Evaluation) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections import Counter
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from effuse.report_plan import variant_steps
 from effuse.report_text import (
     Table,
     counted,
@@ -83,11 +83,11 @@ def shape_text(shape: Sequence[Any]) -> str:
 
 def programs_table(manifest: Manifest) -> Table:
     """Every program in the order of rates."""
-    parts = manifest.get("parts", {}).items()
+    parts, when = manifest.get("parts", {}).items(), variant_steps(manifest)
     rows = [
         (
             name,
-            WHEN.get(part["rate"], part["rate"]),
+            when.get(name) or WHEN.get(part["rate"], part["rate"]),
             f"{part['nodes']:,}",
             quantity(part["parameters"]),
             megabytes(part["weight_bytes"]),
@@ -185,45 +185,6 @@ def layers_line(manifest: Manifest) -> str:
         else ""
     )
     return f"{len(layers)} layers: {counts}.{quality}"
-
-
-def plan_table(manifest: Manifest) -> Table:
-    """The plan; equal steps in a row are one row."""
-    program = manifest["program"]
-    plan, times = program.get("plan", {}), program.get("timesteps") or ()
-    default = plan.get("default", "full")
-    steps = plan.get("steps") or [{"variant": default}] * len(times)
-    rows, start = [], 0
-    for key, group in itertools.groupby(steps, key=plan_key):
-        end = start + len(list(group))
-        rows.append((span(range(start, end)), span(times[start:end]), str(end - start), *key))
-        start = end
-    columns = ("step", "timestep", "steps", "runs", "fills", "reads")
-    whole = [("every step", "any", "–", default, "", "")]
-    return without_empty(Table("Plan", columns, rows or whole))
-
-
-def plan_key(step: Mapping[str, Any]) -> tuple[str, str, str]:
-    """What makes two steps equal."""
-    fills, reads = (", ".join(step.get(key, ())) for key in ("fills", "reads"))
-    return step["variant"], fills, reads
-
-
-def span(values: Sequence[float]) -> str:
-    """First and last: `3`, or `3 – 7`."""
-    ends = [f"{values[index]:g}" for index in (0, -1)] if values else ["–"]
-    return " – ".join(dict.fromkeys(ends))
-
-
-def variants(manifest: Manifest) -> list[dict[str, Any]]:
-    """One entry a step for the strip: its text, and its variant's number."""
-    plan = manifest["program"].get("plan", {})
-    steps = plan.get("steps", ())
-    names = list(dict.fromkeys(step["variant"] for step in steps))
-    return [
-        {"text": f"step {index}: {step['variant']}", "color": names.index(step["variant"])}
-        for index, step in enumerate(steps)
-    ]
 
 
 def rate_bars(manifest: Manifest) -> list[dict[str, Any]]:

@@ -28,6 +28,12 @@ class Table:
     rows: Sequence[tuple[str, ...]]
 
 
+def duration(milliseconds: float) -> str:
+    """A time as `240 ms` or `2.41 s`."""
+    short = milliseconds < 1000
+    return f"{milliseconds:.0f} ms" if short else f"{milliseconds / 1000:.2f} s"
+
+
 def quantity(number: float) -> str:
     """A count with three digits: `4.03 M`."""
     for factor, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
@@ -44,6 +50,11 @@ def megabytes(size: float) -> str:
 def gigaflops(operations: float) -> str:
     """Operations in 10⁹, three digits."""
     return f"{operations / 1e9:.3g}"
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """A share (0 to 1) as `42 %`."""
+    return f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def decibels(value: float | None) -> str:
@@ -76,4 +87,4 @@ def without_empty(table: Table) -> Table:
 
 def unbroken(text: str) -> str:
     """Text whose units stay on the line of their figures."""
-    return re.sub(r"(?<=\d) (?=ms|MB|dB|×)|(?<=×) ", "\N{NO-BREAK SPACE}", text)
+    return re.sub(r"(?<=\d) (?=ms|s\b|MB|dB|×)|(?<=×) ", "\N{NO-BREAK SPACE}", text)

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from typing import ClassVar
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from effuse.errors import InputError
-from effuse.evaluate import CPUINFO, Call, Tape, evaluate, picture_db, to_pixels
+from effuse.evaluate import CPUINFO, Tape, evaluate, picture_db, to_pixels
 from effuse.metrics import psnr_db, sqnr_db
 
 PROMPTS = ("one", "two")
@@ -130,7 +131,7 @@ def test_the_median_of_a_model_is_its_own():
 def test_speedup_and_json_without_pixels():
     found = run({"original": Net(), "copy": Net()})
     data = json.loads(json.dumps(found.to_json()))
-    ratio = found.reference.ms_per_step / found.runs[0].ms_per_step
+    ratio = found.reference.ms_per_run / found.runs[0].ms_per_run
     assert data["runs"][0]["speedup"] == found.speedup(found.runs[0]) == ratio
     assert "pictures" not in data["runs"][0]
     assert (data["reference"]["megabytes"], data["runs"][0]["megabytes"]) == (2.0, 3.0)
@@ -146,12 +147,59 @@ def test_machine_without_cpuinfo(monkeypatch, tmp_path):
 def test_the_tape_is_bounded_and_even():
     tape = Tape(4)
     for step in range(11):
-        if tape.wants(step):
-            tape.add(step, Call(((), {}), np.zeros(1)))
+        tape.record(step, (), {}, np.zeros(1))
     assert list(tape.steps) == [0, 4, 8]
     found = run({"a": Net(), "b": Net(1.01)}, sampler(steps=7), keep=2)
     kept = [value is not None for value in found.runs[0].step_sqnr_db]
     assert kept == [True, False, False, False, True, False, False]
+
+
+def test_the_tape_is_bounded_in_bytes_and_keeps_a_prompt_once():
+    prompt = torch.zeros(1000)
+    tape = Tape(100, memory=4 * (1000 + 2 * 8 * 10))
+    for step in range(40):
+        latent = torch.full((8,), float(step))
+        tape.record(step, (latent,), {"prompt": prompt.clone()}, latent)
+    assert list(tape.steps) == list(range(0, 40, 4))
+    kept = [call.arguments for calls in tape.steps.values() for call in calls]
+    assert len({id(kwargs["prompt"]) for _, kwargs in kept}) == 1
+    assert [args[0].value[0].item() for args, _ in kept] == list(tape.steps)
+
+
+def test_one_step_stays_however_large_it_is():
+    found = run({"a": Net(), "b": Net(1.01)}, memory=1)
+    assert [value is not None for value in found.runs[0].step_sqnr_db] == [True] + [False] * 3
+
+
+class Cached(Net):
+    """Slow and right at even steps, quick and 10 % wrong at odd ones, if it met the step before."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps, self.last = Counter(), None
+
+    def forward(self, sample, timestep, return_dict=False):
+        index = STEPS - 1 - int(timestep)
+        reuses = index % 2 == 1 and self.last == index - 1
+        self.last = index
+        self.steps["reuse" if reuses else "full"] += 1
+        self.gain = 1.1 if reuses else 1.0
+        if not reuses:
+            time.sleep(0.05)
+        return super().forward(sample, timestep, return_dict)
+
+
+@pytest.mark.parametrize("keep", [STEPS, 2])
+def test_a_network_that_reuses_steps_is_timed_by_whole_runs(keep):
+    found = run({"original": Net(), "cached": Cached()}, keep=keep)
+    assert found.runs[0].variants == {"full": 2, "reuse": 2}
+    assert found.reference.variants == {}
+    assert 100 < found.runs[0].ms_per_run < 190  # two slow steps of four, not four
+    errors = found.runs[0].step_sqnr_db
+    if keep == STEPS:
+        assert errors == pytest.approx([200, 20, 200, 20], abs=1e-3)
+    else:  # it was not shown the steps in between: what it gave is not what it gives in a run
+        assert errors == (None,) * STEPS
 
 
 def test_inputs_are_kept_from_samplers_that_write_in_place():

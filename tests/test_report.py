@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -17,6 +18,7 @@ from effuse.errors import ArtifactError, MissingExtra
 from effuse.evaluate import Evaluation, Run
 from effuse.report import Report, write_html
 from effuse.report_pictures import difference
+from effuse.report_plan import DECIDES, FORECASTS, HOLDS, KEEPS, mark, plan_picture
 
 NASTY = '<script>alert("x")</script> & [bold]a cat[/bold]'
 CHROMIUM = (
@@ -26,8 +28,9 @@ CHROMIUM = (
 )  # fmt: skip
 
 
-def step(variant, fills=(), reads=()):
-    return {"variant": variant, "fills": list(fills), "reads": list(reads)}
+def step(variant, fills=(), reads=(), sources=()):
+    return {"variant": variant, "fills": list(fills), "reads": list(reads),
+            "sources": list(sources)}  # fmt: skip
 
 
 def manifest(**changes):
@@ -60,15 +63,22 @@ def manifest(**changes):
             ],
             "plan": {
                 "default": "full",
-                "steps": [step("full", ["a"]), *[step("deep", (), ["a"])] * 2, step("full", ["a"])],
+                "steps": [step("full", ["a"]), *[step("deep", (), ["a"], [0])] * 2, step("full")],
                 "slots": [],
+                "decision": None,
             },
             "timesteps": [900.0, 600.0, 300.0, 0.0],
         },
         "model": {"class": "TinyUNet", "parameters": 4_030_000, "dtype": "float32"},
         "passes": passes,
         "layers": layers,
-        "parts": {"full": {**part, "flops": 41_200_000_000}},
+        "parts": {"full": {**part, "flops": 41_200_000_000}, "deep": {**part, "flops": 7}},
+        "plan": {
+            "blocks": ["conv_in", "down.0", "down.1", "up.0", "conv_out"],
+            "variants": {"full": [10e9, 20e9, 20e9, 40e9, 10e9], "deep": [10e9, 0, 0, 20e9, 10e9]},
+            "flops": 280e9,
+            "full_flops": 400e9,
+        },
         "rates": {"step": {"parameters": 300, "flops": 0}, "prompt": {"parameters": 100}},
         "native": {"linear_dynamic": "simulated"},
         "parity": {"error": 1e-6, "sqnr_db": 120.0},
@@ -81,12 +91,12 @@ def manifest(**changes):
 def evaluation(prompts=("a cat", NASTY), size=32):
     draw = np.random.default_rng(0)
     pictures = draw.integers(0, 250, (len(prompts), size, size, 3), dtype=np.uint8)
-    many = (30.0,) * len(prompts)
+    equal, many = (200.0,) * len(prompts), (30.0,) * len(prompts)
     return Evaluation(
-        Run("original", 200.0, 16.0, pictures, 200.0, (200.0,) * len(prompts), (200.0,) * 3),
+        Run("original", 200.0, 600.0, 16.0, pictures, 200.0, equal, (200.0,) * 3),
         (
-            Run("exact", 160.0, 15.5, pictures, 200.0, (200.0,) * len(prompts), (200.0,) * 3),
-            Run("w8a8", 50.0, 4.0, pictures + 5, 33.1, many, (35.0, None, 21.4)),
+            Run("exact", 160.0, 480.0, 15.5, pictures, 200.0, equal, (200.0,) * 3),
+            Run("w8a8", 50.0, 150.0, 4.0, pictures + 5, 33.1, many, (35.0, None, 21.4)),
         ),
         prompts,
         (900.0, 500.0, 100.0),
@@ -160,14 +170,18 @@ def test_every_internal_link_leads_somewhere(tmp_path):
 @pytest.mark.parametrize(
     "words",
     [
-        "a step takes 50 ms instead of 200 ms (4.00 times as fast)",
+        "3 steps take 150 ms instead of 600 ms (4.00 times as fast)",
         "the network 4.0 MB instead of 16.0 MB; its pictures agree to 33.1 dB (PSNR).",
         "its pictures are equal to the bit",
         "exact (equal to the bit)",
         "made 8 times brighter",
         "processor Test CPU, cores 2",
         "added.text prompt batch × 8 float32",
-        "full every step 1,234 4.03 M 4.10 41.2",
+        "full 2 of 4 steps 1,234 4.03 M 4.10 41.2",
+        "2 of 4 steps in full, 2 run 'deep' (40 % of a full step): the plan runs 70 % of the "
+        "arithmetic of 4 full steps (280 of 400 GFLOPs)",
+        "kept values conv_in down.0 down.1 up.0 conv_out",
+        "reads it as it was",
         "61 × identity, 2 × view",
         "7 × noise 1 × first layer",
         "a note",
@@ -175,7 +189,7 @@ def test_every_internal_link_leads_somewhere(tmp_path):
         "12.5 dB at worst, 26.2 dB in the middle",
         "under the bound 1 3 k",
         "bound 20 dB",
-        "1 – 2 600 – 300 2 deep a",
+        "1 – 2 600 – 300 2 deep a 0",
         "linear_dynamic simulated",
         "prompt 100 (25.0 %)",
         "full.onnx 1,234,567 " + "ab" * 32,
@@ -184,6 +198,64 @@ def test_every_internal_link_leads_somewhere(tmp_path):
 )
 def test_figures_are_on_the_page(full, words):
     assert words in full.words
+
+
+def test_the_plan_is_a_picture_on_the_terminal_where_it_fits():
+    lines = terminal(Report(manifest())).splitlines()
+    rows = [line.rstrip() for line in lines if set(line) & set("▓░▒")]
+    assert rows == [
+        "conv_in              ▓▓▓▓",
+        "down.0 … down.1 (2)  ▓░░▓",
+        "up.0                 ▓▒▒▓",
+        "conv_out             ▓▓▓▓",
+        "                     ▓ computed  ▒ in part  ░ not computed, by step",
+    ]
+    assert plan_picture(manifest(), 10) == []
+    narrow = Console(file=io.StringIO(), width=20)
+    Report(manifest()).summary(narrow)
+    assert "░" not in narrow.file.getvalue()
+
+
+def test_what_steps_do_with_kept_values():
+    marks = [step("full"), step("full", ["a"]), step("deep", (), ["a"], [0]),
+             step("deep", (), ["a"], [1, 0]), step("deep", (), ["a"])]  # fmt: skip
+    assert list(map(mark, marks)) == ["", KEEPS, HOLDS, FORECASTS, DECIDES]
+
+
+def test_a_plan_with_every_mark_and_many_slots(tmp_path):
+    given = manifest()
+    given["program"]["plan"] |= {
+        "steps": [step("full", "abcd"), step("deep", (), "abcd"), step("deep", (), "a", [1, 0])],
+        "decision": {"signal": "a", "threshold": 0.1},
+    }
+    words = page(tmp_path, given).words
+    assert "computes in full if a signal says so" in words
+    assert "forecasts it from several steps" in words
+    assert "whether a step reuses is decided for each picture" in words
+    assert "4 slots" in words and "a, b, c, d" not in words
+
+
+def test_steps_that_all_run_the_same_are_no_picture(tmp_path):
+    given = manifest()
+    given["program"]["plan"]["steps"] = [step("full")] * 4
+    words = page(tmp_path, given).words
+    assert "0 – 3 900 – 0 4 full" in words and "Plan by step" not in words
+
+
+def many_runs(names=("exact", "cache", "w8a8", "cache + w8a8")):
+    found = evaluation()
+    saw = {"step_sqnr_db": (120.0, 30.0, 200.0), "variants": {"full": 2, "deep": 1}}
+    runs = [replace(found.runs[0], name=name) for name in names]
+    return replace(found, runs=(*runs[:-1], replace(runs[-1], **saw)))
+
+
+def test_five_networks_and_the_variants_that_ran(tmp_path):
+    found = page(tmp_path, compared=many_runs())
+    assert found.tags.count("img") == 2 * 9
+    for words in ("cache + w8a8 2 × full, 1 × deep", "75 dB or more", "w8a8 (equal to the bit)"):
+        assert words in found.words
+    text = " ".join(terminal(replace(Report(manifest()), evaluation=many_runs())).split())
+    assert "2 × full" in text and "cache + w8a8: 3 steps take" in text
 
 
 def test_layers_come_worst_first(full):
