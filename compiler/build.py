@@ -20,7 +20,7 @@ from effuse import __version__, artifact
 from effuse.calibrate import calibrate, drive, layer_values
 from effuse.capture import capture
 from effuse.config import Config
-from effuse.cost import part_costs, rate_costs
+from effuse.cost import part_costs, plan_costs, rate_costs
 from effuse.dump import dump
 from effuse.errors import BackendError, ConfigError
 from effuse.graph import calls
@@ -263,6 +263,7 @@ def describe(
             part.name: {"rate": part.rate.name.lower(), **part_costs(part, program.weights)}
             for part in program.parts
         },
+        "plan": plan_costs(program),
         "rates": program.model.get("rates", {}),
         "native": native_ops(program, backend),
         "parity": dict(parity),
