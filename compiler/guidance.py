@@ -96,7 +96,8 @@ class Guidance:
         if self._guide.threshold is not None:
             cosine = cosines(self._arrays.floats(noise[told]), self._arrays.floats(noise[free]))
             before = guided.crossed if guided else np.full(call.pictures, NEVER)
-            now = np.where(cosine >= self._guide.threshold, index, NEVER)
+            counts = (cosine >= self._guide.threshold) & (index >= self._guide.start - 1)
+            now = np.where(counts, index, NEVER)
             return outputs, Guided(index, np.minimum(before, now))
         if call.rows is not None and guided is not None:
             noise[free] = estimate(self._guide, index, noise[told], guided)
@@ -141,7 +142,8 @@ def cosines(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> np.ndarra
     """(n,): cos of each two rows in float64, at most 1; 0 where one of them is zero."""
     a, b = (rows.reshape(len(rows), -1).astype(np.float64) for rows in (one, other))
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return np.minimum(np.einsum("ij,ij->i", a, b) / np.maximum(norms, np.finfo(float).tiny), 1.0)
+    found = np.einsum("ij,ij->i", a, b) / np.maximum(norms, np.finfo(float).tiny)
+    return np.asarray(np.minimum(found, 1.0))
 
 
 def estimate(guide: Guide, index: int, told: Any, before: Guided) -> Any:

@@ -140,9 +140,10 @@ class Decision:
 class Guide:
     """Which rows of a guided call, [unconditional; conditional] halves of a batch, are left out.
 
-    With a `threshold` the unconditional rows of pictures that have reached it, γ = cos(ε_c, ε_∅),
-    at an earlier step; ε_c stands in. Otherwise all unconditional rows from step `start` on, where
-    ε̂_∅(t) = a ε_c(t) + b ε_c(t-1) + c ε̂_∅(t-1) + d, `affine[t - start]` being (a, b, c, d).
+    From step `start` on: with a `threshold` the unconditional rows of pictures that have reached
+    it, γ = cos(ε_c, ε_∅), at step start - 1 or later and before this one; ε_c stands in. Otherwise
+    all unconditional rows; ε̂_∅(t) = a ε_c(t) + b ε_c(t-1) + c ε̂_∅(t-1) + d stands in, with
+    (a, b, c, d) = `affine[t - start]`.
     """
 
     batch: str  # the open size that counts rows
@@ -154,9 +155,11 @@ class Guide:
     @property
     def line(self) -> str:
         """What is left out, for people."""
-        if self.threshold is not None:
-            return f"guidance: conditional rows only, once cos(ε_c, ε_∅) reached {self.threshold:g}"
-        return f"guidance: conditional rows only, from step {self.start} on; the others estimated"
+        when = f", from step {self.start} on" if self.start else ""
+        if self.threshold is None:
+            return f"guidance: conditional rows only{when}; the others estimated"
+        reached = f"once cos(ε_c, ε_∅) reached {self.threshold:g}"
+        return f"guidance: conditional rows only{when}, {reached}"
 
 
 @dataclass(frozen=True)

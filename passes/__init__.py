@@ -6,6 +6,7 @@ if __name__ != "effuse.passes":
 from effuse.passes.base import Pass
 from effuse.passes.cache import Cache
 from effuse.passes.canonicalize import Canonicalize
+from effuse.passes.guidance import Guidance
 from effuse.passes.hoist import Hoist
 from effuse.passes.quantize import Quantize
 from effuse.passes.skip import Skip
@@ -15,7 +16,8 @@ ORDER: tuple[type[Pass], ...] = (
     Hoist,  # before anything lossy: tables and prompt values stay exact
     Cache,  # before calibration: bits are measured on the trajectory that the plan runs
     Skip,  # after the cache, whose variants it thins out
-    Quantize,  # last: it measures the network as it will really run
+    Quantize,  # last of the rewrites: it measures the network as it will really run
+    Guidance,  # behind all that changes the outputs, from which it tells what to leave out
 )
 
 BY_NAME = {each.name: each for each in ORDER}
@@ -33,6 +35,7 @@ __all__ = [
     "PRESETS",
     "Cache",
     "Canonicalize",
+    "Guidance",
     "Hoist",
     "Pass",
     "Quantize",
