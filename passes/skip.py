@@ -162,8 +162,9 @@ class Skip(Pass):
         need = math.ceil((self.budget or 0) * total)
         if sum(saved) < need:
             raise PassError(
-                f"skip: budget={self.budget}: all {len(blocks)} blocks together hold "
-                f"{sum(saved) / total:.1%} of the arithmetic; lower it, or try another what="
+                f"skip: budget={self.budget}: without all {len(blocks)} blocks "
+                f"{sum(saved) / total:.1%} of the arithmetic is saved (what a cache fills its slots "
+                "with is still computed); lower it, or try another what="
             )
         picked = SEARCHES[self.search](losses, saved, need)
         chosen: defaultdict[int, set[Block]] = defaultdict(set)
@@ -249,7 +250,8 @@ def part_flops(part: Part) -> int:
 def skipping(program: Program, sets: Sequence[frozenset[Block]], log: Log) -> Program:
     """The program whose step i leaves the blocks `sets[i]` out; the rest of its plan stays."""
     variants = {part.name: part for part in program.variants}
-    numbers = {blocks: number for number, blocks in enumerate(_distinct(sets), start=1)}
+    first = 1 + sum("_skip" in name for name in variants)
+    numbers = {blocks: number for number, blocks in enumerate(_distinct(sets), start=first)}
     made: dict[tuple[str, frozenset[str]], Part | None] = {}
     entries = []
     for index, blocks in enumerate(sets):
@@ -274,7 +276,7 @@ def skipping(program: Program, sets: Sequence[frozenset[Block]], log: Log) -> Pr
 
 def summary(before: Program, after: Program, sets: Sequence[frozenset[Block]]) -> str:
     """How much a plan saves, and which blocks its steps leave out."""
-    counts = Counter(block.name for blocks in sets for block in blocks)
+    counts = Counter(name for blocks in sets for name in sorted(block.name for block in blocks))
     saved = 1 - plan_flops(after, len(sets)) / (plan_flops(before, len(sets)) or 1)
     most = ", ".join(f"{name} ({count})" for name, count in counts.most_common(3))
     return (
@@ -430,7 +432,7 @@ class Tail:
 
 
 def find_tails(part: Part, blocks: Sequence[Block]) -> list[Tail]:
-    """A tail for each block that the variant still has."""
+    """A tail for each block that the variant still has, in the order of their joins."""
     order = {node.name: index for index, node in enumerate(part.graph.nodes)}
     flops = part_flops(part)
     tails = []
@@ -442,7 +444,7 @@ def find_tails(part: Part, blocks: Sequence[Block]) -> list[Tail]:
             saved = flops - part_flops(less)
             needs = cut_before(less.graph, order, order[first])
             tails.append(Tail(number, first, less.graph, needs, saved))
-    return tails
+    return sorted(tails, key=lambda tail: order[tail.join])
 
 
 def cut_before(graph: fx.Graph, order: Mapping[str, int], place: int) -> dict[str, str]:
@@ -466,7 +468,7 @@ def single_losses(
 ) -> dict[int, float]:
     """The loss of each block alone, with what is before a block computed once for all."""
     by_join = {tail.join: tail for tail in tails}
-    last = {node: tail.join for tail in _ordered(part, tails) for node in tail.needs.values()}
+    last = {node: tail.join for tail in tails for node in tail.needs.values()}
     kept: dict[str, Any] = {}
     found: dict[int, tuple[Any, ...]] = {}
 
@@ -481,11 +483,6 @@ def single_losses(
 
     exact = _outputs(part, part.graph, program, values, observe)
     return {block: output_loss(each, exact) for block, each in found.items()}
-
-
-def _ordered(part: Part, tails: Sequence[Tail]) -> list[Tail]:
-    order = {node.name: index for index, node in enumerate(part.graph.nodes)}
-    return sorted(tails, key=lambda tail: order[tail.join])
 
 
 def _outputs(
@@ -573,11 +570,13 @@ def by_range(steps: Mapping[Key, Patterns] | Sequence[Patterns]) -> dict[Any, An
     """Lists of patterns by step or range, as TOML can write it: "3" or "10:20" -> patterns.
 
     Raises:
-        ConfigError: a key is neither.
+        ConfigError: a key is neither, or there are no steps but only a pattern.
 
     >>> by_range({(10, 20): "mid_block", 3: ("a", "b")})
     {'10:20': ('mid_block',), '3': ('a', 'b')}
     """
+    if isinstance(steps, str):
+        raise ConfigError(f"skip: steps={steps!r}: at which steps? e.g. {{'10:20': {steps!r}}}")
     pairs = steps.items() if isinstance(steps, Mapping) else enumerate(steps)
     found: dict[str, tuple[str, ...]] = {}
     for key, value in pairs:

@@ -260,6 +260,14 @@ def test_skipping_twice_changes_nothing_more():
     assert texts(twice) == texts(once) and twice.plan == once.plan
 
 
+def test_more_may_be_left_out_later():
+    once = skipped(unet()[1], steps={0: "one"})
+    twice = skipped(once, steps={"0:2": "two"})
+    assert variants(twice) == ["full_skip1_skip2", "full_skip2"] + ["full"] * 4
+    both = skipped(unet()[1], steps={0: ("one", "two")})
+    assert torch.equal(ran(twice, 0), ran(both, 0))
+
+
 def test_the_default_variant_stays_when_every_step_skips():
     found = skipped(unet()[1], steps={":": "one"})
     assert {part.name for part in found.variants} == {"full", "full_skip1"}
@@ -507,6 +515,7 @@ def test_ranges_of_steps():
         ({"budget": 0.1, "what": "layers"}, "did you mean 'layer'"),
         ({"budget": 0.1, "search": "genetic"}, "greedy, knapsack"),
         ({"steps": {"a:b": "x"}}, 'a range as "10:20"'),
+        ({"steps": "middle"}, "at which steps"),
         ({"steps": {-1: "x"}}, 'a range as "10:20"'),
     ],
 )
@@ -524,7 +533,7 @@ def test_options_that_are_refused(options, message):
         ({"steps": {"3:3": "one"}}, "the schedule has the steps 0 to 5"),
         ({"steps": [["one"], ["two"], ["up"]], "max_variants": 2}, "3 distinct .* max_variants=3"),
         ({"steps": {0: "one"}, "exclude": ("*",)}, "leave none of one.last, two.last"),
-        ({"budget": 0.99}, "all 4 blocks together hold"),
+        ({"budget": 0.99}, "without all 4 blocks .* is saved"),
     ],
 )
 def test_networks_and_schedules_that_do_not_fit(options, message):
