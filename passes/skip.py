@@ -163,8 +163,8 @@ class Skip(Pass):
         if sum(saved) < need:
             raise PassError(
                 f"skip: budget={self.budget}: without all {len(blocks)} blocks "
-                f"{sum(saved) / total:.1%} of the arithmetic is saved (what a cache fills its slots "
-                "with is still computed); lower it, or try another what="
+                f"{sum(saved) / total:.1%} of the arithmetic is saved (what fills a cache's slots "
+                "is still computed); lower it, or try another what="
             )
         picked = SEARCHES[self.search](losses, saved, need)
         chosen: defaultdict[int, set[Block]] = defaultdict(set)
