@@ -18,7 +18,7 @@ KEEPS, FORECASTS, HOLDS, DECIDES = "keeps", "forecasts", "holds", "decides"  # w
 FULL_CELL, PART_CELL, EMPTY_CELL = "▓", "▒", "░"
 LEGEND = f"{FULL_CELL} computed  {PART_CELL} in part  {EMPTY_CELL} not computed, by step"
 NARROWEST = 24  # columns for the blocks' names, or there is no picture on the terminal
-LISTED = 3  # slots that a table names
+LISTED = 3  # slots, or variants, that are named
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,11 +76,16 @@ def plan_line(manifest: Manifest) -> str:
         return ""
     default, total = plan["default"], counts.total()
     whole = sum(cost["variants"][default]) or 1
-    others = ", ".join(
-        f"{count} run {name!r} ({percent(sum(cost['variants'][name]) / whole)} of a full step)"
-        for name, count in counts.items()
-        if name != default
-    )
+    sizes = {name: sum(cost["variants"][name]) / whole for name in counts if name != default}
+    if len(sizes) <= LISTED:
+        others = ", ".join(
+            f"{counts[name]} run {name!r} ({percent(size)} of a full step)"
+            for name, size in sizes.items()
+        )
+    else:
+        ends = [percent(end(sizes.values())) for end in (min, max)]
+        rest = total - counts[default]
+        others = f"{rest} run {len(sizes)} smaller variants ({' to '.join(ends)} of a full step)"
     share = percent(cost["flops"] / (cost["full_flops"] or 1))
     chosen = "; whether a step reuses is decided for each picture" if plan.get("decision") else ""
     return (

@@ -225,6 +225,28 @@ def test_report(exact, tmp_path):
     assert "<html" in (tmp_path / "a.html").read_text().lower()
 
 
+def test_a_plan_by_step_is_shown_and_ran(unet, tmp_path):
+    config, path = tmp_path / "cache.toml", tmp_path / "cache.effuse"
+    config.write_text('passes = ["hoist", {name = "cache", interval = 2, warmup = 1}]\n')
+    words = ("-c", config, "--steps", STEPS, "-o", path)
+    said = call("compile", unet, *words).stdout.replace("\N{NO-BREAK SPACE}", " ")
+    assert "2 of 4 steps in full, 2 run 'reuse'" in said
+    assert "▓░▓░" in said and "▓▓▓▓" in said and "░ not computed" in said
+
+    data = json.loads(call("report", path, "--json").stdout)["manifest"]
+    plan, parts = data["plan"], data["parts"]
+    totals = {name: sum(flops) for name, flops in plan["variants"].items()}
+    assert totals == {name: parts[name]["flops"] for name in ("full", "reuse")}
+    assert plan["flops"] == 2 * totals["full"] + 2 * totals["reuse"] < plan["full_flops"]
+    assert plan["full_flops"] == 4 * totals["full"]
+    assert {len(flops) for flops in plan["variants"].values()} == {len(plan["blocks"])}
+    assert plan["blocks"][0] == "conv_in" and plan["blocks"][-1] == "conv_out"
+
+    words = ("run", path, "--scheduler", unet / "scheduler", "-o", tmp_path / "a.png")
+    assert "ran 2 × full, 2 × reuse" in " ".join(call(*words).stdout.split())
+    assert "a call of its own" in fails("report", path, "--json", "-o", "a.html", code=2)
+
+
 def test_dump_and_diff(unet, exact, int8, tmp_path):
     text = call("dump", exact[0], "--part", "full").stdout
     assert text.startswith("# full\n%0: float32[2x3x8x8] = input sample")

@@ -14,11 +14,12 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from effuse.cost import block_names
 from effuse.errors import ArtifactError, MissingExtra
 from effuse.evaluate import Evaluation, Run
 from effuse.report import Report, write_html
 from effuse.report_pictures import difference
-from effuse.report_plan import DECIDES, FORECASTS, HOLDS, KEEPS, mark, plan_picture
+from effuse.report_plan import DECIDES, FORECASTS, HOLDS, KEEPS, mark, plan_line, plan_picture
 
 NASTY = '<script>alert("x")</script> & [bold]a cat[/bold]'
 CHROMIUM = (
@@ -214,6 +215,30 @@ def test_the_plan_is_a_picture_on_the_terminal_where_it_fits():
     narrow = Console(file=io.StringIO(), width=20)
     Report(manifest()).summary(narrow)
     assert "░" not in narrow.file.getvalue()
+
+
+def test_many_variants_are_counted():
+    given = manifest()
+    names = ["full", "a", "b", "c", "d"]
+    given["program"]["plan"]["steps"] = [step(name) for name in names]
+    given["plan"]["variants"] |= {name: [1e10 * place, 0, 0, 0, 0] for place, name in
+                                  enumerate(names) if place}  # fmt: skip
+    line = plan_line(given).replace("\N{NO-BREAK SPACE}", " ")
+    assert "1 of 5 steps in full, 4 run 4 smaller variants (10 % to 40 % of a full step):" in line
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["in", "down.0.conv.1", "down.0.conv.2", "up"], None),  # few: each by itself
+        ([f"blocks.{n}.{layer}" for n in range(30) for layer in ("attn", "ff")],
+         [f"blocks.{n}" for n in range(30) for _ in "af"]),
+        (["in", *(f"blocks.{n}" for n in range(59))],
+         ["in", *(f"blocks.{n}–{n + 1}" for n in range(0, 58, 2) for _ in "ab"), "blocks.58"]),
+    ],
+)  # fmt: skip
+def test_blocks_are_the_smallest_modules_that_a_picture_has_room_for(paths, names):
+    assert list(block_names(paths).values()) == (names or paths)
 
 
 def test_what_steps_do_with_kept_values():
