@@ -65,6 +65,11 @@ class TorchArrays:
         """A numpy array as a tensor."""
         return torch.from_numpy(value)
 
+    def where(self, rows: np.ndarray[Any, Any], one: Any, other: Any) -> Any:
+        """Row by row."""
+        mask = torch.from_numpy(rows).reshape(-1, *[1] * (one.ndim - 1))
+        return torch.where(mask.to(one.device), one, other)
+
 
 def available() -> str | None:
     """Always there."""

@@ -31,6 +31,9 @@ class Arrays(Protocol):
     def array(self, value: np.ndarray[Any, Any]) -> Any:
         """A numpy array as the back end's."""
 
+    def where(self, rows: np.ndarray[Any, Any], one: Any, other: Any) -> Any:
+        """The rows (axis 0) of `one` where the mask `rows` is true, else those of `other`."""
+
 
 class NumpyArrays:
     """numpy in the graphs; numpy or torch tensors from the caller, given back in kind."""
@@ -71,6 +74,10 @@ class NumpyArrays:
     def array(self, value: np.ndarray[Any, Any]) -> Any:
         """The array itself."""
         return value
+
+    def where(self, rows: np.ndarray[Any, Any], one: Any, other: Any) -> Any:
+        """Row by row."""
+        return np.where(rows.reshape(-1, *[1] * (one.ndim - 1)), one, other)
 
 
 def _cast(array: Any, wanted: Any, item: Input) -> Any:

@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from effuse.arguments import bind, check_shapes, check_static, spread_timesteps
 from effuse.arrays import Arrays, NumpyArrays
+from effuse.decision import decide
 from effuse.errors import InputError
 from effuse.guidance import Guidance
 from effuse.plan import FORECAST_INPUT, STEP_INPUT, PartSpec, PlanStep, ProgramSpec, Rate, Role
@@ -146,13 +148,20 @@ class Session:
         env = self._environment(index, self.guidance.taken(call, values))
         entry = plan.at(index)
         past = read(trajectory, plan, entry)
-        if past is None:
-            entry, past = PlanStep(plan.default), {}
+        if past is None:  # a plan that decides need not wait for a step that fills
+            entry, past = PlanStep(plan.default, entry.reads if plan.decision else ()), {}
         if FORECAST_INPUT in past:
             past[FORECAST_INPUT] = self.arrays.array(past[FORECAST_INPUT])
         found = self.run(entry.variant, {**env, **past})
+        fills, memory = entry.fills, None
+        if plan.decision is not None:
+            full = partial(self.run, plan.default, env)
+            found, fills, memory = decide(
+                plan, entry, trajectory.memory, past, found, full, self.arrays
+            )
         outputs, guided = self.guidance.end(guided, index, call, found)
-        self.trajectories.keep(replace(trajectory, guided=guided), entry.fills, found)
+        trajectory = replace(trajectory, guided=guided, memory=memory)
+        self.trajectories.keep(trajectory, fills, found)
         return outputs
 
     def step_index(self, values: Mapping[str, Any]) -> int | None:

@@ -1,26 +1,36 @@
 """Which picture a call belongs to, and the values kept for it between steps (imports no torch).
 
 A denoiser is called with a latent and a timestep, and nobody says which picture that is. A call
-continues a trajectory when its prompt is the same to the bit, its step is the next one (or the same
-one again: a second-order sampler), and its latent is close to the last one: two steps of one
-trajectory share most of their noise, two pictures share none. Anything else starts a trajectory
-with nothing kept, so the worst that an unusual sampler meets is a full step.
+continues a trajectory when its prompt is the same to the bit, its step is the next one, and its
+latent is close to the last one: two steps of one trajectory share most of their noise, two pictures
+share none. A second call at one step with a close latent is taken for a sampler's second evaluation
+(Heun), if no other trajectory's next step could be meant. Anything else, and whatever could be one
+as well as another, starts a trajectory with nothing kept: the worst that an unusual sampler meets
+is a full step.
+
+What remains an assumption: a picture that starts in the middle of the schedule, with the prompt of
+another one that is under way, and likened to it by more than LEAST_LIKENESS (the same initial image
+and little noise), exactly where the other's next step, or its last one again, is expected.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from effuse.arrays import Arrays
+from effuse.decision import Memory
 from effuse.guidance import Guided
 from effuse.plan import FORECAST_INPUT, Plan, PlanStep, ProgramSpec, Role, Slot
 
-KEPT_TRAJECTORIES = 4  # guidance as two calls, for two pictures in turns
+KEPT_TRAJECTORIES = 4  # with their slots: guidance as two calls, for two pictures in turns
+KNOWN_TRAJECTORIES = 16  # without: none of these is taken for one whose slots are kept
 LEAST_LIKENESS = 0.6  # ancestral sampling in 20 steps stays above, other noise is near 0
+CLEARLY = 2.0  # how many times farther from 1 the likeness to any other trajectory has to be
 
 
 @dataclass(frozen=True)
@@ -37,10 +47,13 @@ class Trajectory:
 
     prompt: Mapping[str, Any]
     latent: Any
+    began: int
     step: int
     slots: Mapping[str, tuple[Kept, ...]] = field(default_factory=dict)  # latest first
     rows: tuple[int, ...] | None = None  # which of the call's the slots hold; None: all
     guided: Guided | None = None
+    memory: Memory | None = None  # of a plan that decides at run time
+    origin: object = field(default_factory=object)  # one for all evaluations of one picture
 
     def on(self, rows: tuple[int, ...] | None) -> Trajectory:
         """With slots of those rows of the call only; with none, if they do not hold them all."""
@@ -49,11 +62,12 @@ class Trajectory:
         count = len(self.latent)
         held, wanted = (range(count) if each is None else each for each in (self.rows, rows))
         if not set(wanted) <= set(held):
-            return replace(self, slots={}, rows=rows)
+            return replace(self, slots={}, memory=None, rows=rows)
         places = [held.index(row) for row in wanted]
         slots = {name: tuple(replace(each, value=each.value[places]) for each in kept)
                  for name, kept in self.slots.items()}  # fmt: skip
-        return replace(self, slots=slots, rows=rows)
+        memory = self.memory and self.memory.on(places)
+        return replace(self, slots=slots, memory=memory, rows=rows)
 
     def past(self, slot: Slot, step: PlanStep) -> list[Any] | None:
         """The slot's values that the step reads, latest first, or None if they are not there.
@@ -72,6 +86,16 @@ class Trajectory:
         latest = (Kept(self.step, value), *kept)[: slot.depth]
         return replace(self, slots={**self.slots, slot.name: latest})
 
+    def before(self, step: int) -> Trajectory:
+        """With what was filled before `step` only."""
+        slots = {name: tuple(each for each in kept if each.step < step)
+                 for name, kept in self.slots.items()}  # fmt: skip
+        return replace(self, slots=slots)
+
+    def emptied(self) -> Trajectory:
+        """With nothing kept: still known, so that its calls are not taken for another's."""
+        return replace(self, slots={}, guided=None, memory=None)
+
 
 class Trajectories:
     """The trajectories that are under way, the most recently called last."""
@@ -87,6 +111,9 @@ class Trajectories:
     def __len__(self) -> int:
         return len(self._under_way)
 
+    def __iter__(self) -> Iterator[Trajectory]:
+        return iter(self._under_way)
+
     def clear(self) -> None:
         """Forget all of them."""
         self._under_way.clear()
@@ -94,26 +121,53 @@ class Trajectories:
     def follow(self, index: int, values: Mapping[str, Any]) -> Trajectory:
         """The trajectory that the call at step `index` continues, at that step; else a new one.
 
-        A second call at one step leaves the first one's trajectory as it is: it may be the second
-        of two pictures as well as a sampler's second evaluation.
+        A second evaluation at one step leaves the first one's trajectory as it is, and starts from
+        what had been filled before that step.
         """
-        latent = values[self._latent]
-        likeness = [self._likeness(each, index, values) for each in self._under_way]
-        best = max(range(len(likeness)), key=likeness.__getitem__, default=None)
-        if best is None or likeness[best] < LEAST_LIKENESS:
+        latent = self._arrays.keep(values[self._latent])
+        known, alike = self._clearest(index, values)
+        again = known is not None and known.step == index
+        if known is None or (again and known.began == index):
             prompt = {name: self._arrays.keep(values[name]) for name in self._prompt}
-            return Trajectory(prompt, self._arrays.keep(latent), index)
-        known = self._under_way[best]
-        if known.step != index or likeness[best] == 1.0:
-            del self._under_way[best]
-        return replace(known, latent=self._arrays.keep(latent), step=index)
+            return Trajectory(prompt, latent, index, index)
+        if again and alike < 1.0:
+            return replace(known.before(index), latent=latent)
+        self._under_way = [each for each in self._under_way if each is not known]
+        return replace(known, latent=latent, step=index)
 
     def keep(self, trajectory: Trajectory, fills: Sequence[str], found: Mapping[str, Any]) -> None:
         """Fill the slots, and expect the trajectory's next step, if there is one."""
-        for name in fills:
-            trajectory = trajectory.filled(self._slots[name], found[name])
+        for name in fills:  # copies: what is found may be the caller's latent, or its output
+            trajectory = trajectory.filled(self._slots[name], self._arrays.keep(found[name]))
         if trajectory.step < self._last:
-            self._under_way = [*self._under_way, trajectory][-KEPT_TRAJECTORIES:]
+            known = [*self._under_way, trajectory][-KNOWN_TRAJECTORIES:]
+            lost = [each.emptied() for each in known[:-KEPT_TRAJECTORIES]]
+            self._under_way = [*lost, *known[-KEPT_TRAJECTORIES:]]
+        else:
+            self._under_way = [each for each in self._under_way
+                               if each.origin is not trajectory.origin
+                               or each.step == self._last - 1]  # fmt: skip
+
+    def _clearest(self, index: int, values: Mapping[str, Any]) -> tuple[Trajectory | None, float]:
+        """The trajectory that the call must mean, with its likeness; None if that is not clear."""
+        alike = {place: self._likeness(each, index, values)
+                 for place, each in enumerate(self._under_way)}  # fmt: skip
+        near = [place for place, found in alike.items() if found >= LEAST_LIKENESS]
+        if not near:
+            return None, 0.0
+        known = self._under_way
+        best = max(near, key=lambda place: (known[place].step < index, alike[place], place))
+        for place in near:
+            close = 1 - alike[place] < CLEARLY * (1 - alike[best])
+            if close and alike[place] < 1.0 and self._differ(known[place], known[best]):
+                return None, 0.0
+        return known[best], alike[best]
+
+    def _differ(self, one: Trajectory, other: Trajectory) -> bool:
+        """Whether it matters which of the two a call is taken for."""
+        return one.origin is not other.origin and not (
+            one.step == other.step and self._arrays.same(one.latent, other.latent)
+        )
 
     def _likeness(self, known: Trajectory, index: int, values: Mapping[str, Any]) -> float:
         """How well a call at step `index` continues `known`: 1 for the same latent again."""
@@ -125,17 +179,24 @@ class Trajectories:
             return -1.0
         if self._arrays.same(known.latent, latent):
             return 1.0
-        return min(0.999, likeness(self._arrays.floats(known.latent), self._arrays.floats(latent)))
+        return min(
+            0.999999, likeness(self._arrays.floats(known.latent), self._arrays.floats(latent))
+        )
 
 
 def likeness(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
-    """The least correlation between two latents over the pictures of a batch (axis 0)."""
+    """The least correlation between two latents over the pictures of a batch (axis 0).
+
+    0 where it is not a number, so that a picture that has become NaN is like no other.
+    """
     pairs = (each.reshape(len(each) or 1, -1) if each.ndim > 1 else each.reshape(1, -1)
              for each in (one, other))  # fmt: skip
-    a, b = (rows - rows.mean(axis=1, keepdims=True) for rows in pairs)
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    products = np.einsum("ij,ij->i", a, b)
-    return float(np.min(products / np.maximum(norms, np.finfo(np.float32).tiny), initial=1.0))
+    with np.errstate(all="ignore"):
+        a, b = (rows - rows.mean(axis=1, keepdims=True) for rows in pairs)
+        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        products = np.einsum("ij,ij->i", a, b)
+        least = np.min(products / np.maximum(norms, np.finfo(np.float32).tiny), initial=1.0)
+    return float(least) if math.isfinite(least) else 0.0
 
 
 def read(trajectory: Trajectory, plan: Plan, step: PlanStep) -> dict[str, Any] | None:

@@ -26,6 +26,7 @@ DEVICE = (
     "plan",
     "arguments",
     "arrays",
+    "decision",
     "trajectory",
     "runtime",
     "ort",
