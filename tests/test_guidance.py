@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import effuse
 from effuse.errors import CalibrationError, ConfigError, EffuseError, PassError
 from effuse.guidance import cosines
-from effuse.passes import Cache, Guidance, Hoist
+from effuse.passes import Cache, Guidance, Hoist, Quantize
 from effuse.passes.guidance import Seen, estimated_errors, fit_affine, fit_step
 from effuse.plan import Guide, Plan, spec_from_json, to_json
 
@@ -67,9 +67,8 @@ class Folded(Net):
 
     def forward(self, sample, timestep, encoder_hidden_states, return_dict=True):
         entered, _, told = self.parts(sample, timestep, encoder_hidden_states)
-        body = self.body(torch.cat([entered, entered], 2).reshape(-1, 4, 8, 8)).unflatten(
-            0, (-1, 2)
-        )
+        folded = torch.cat([entered, entered], 2).reshape(-1, 4, 8, 8)
+        body = self.body(folded).unflatten(0, (-1, 2))
         return (self.finish(entered, body.mean(1), told),)
 
 
@@ -353,6 +352,17 @@ def test_slots_are_reduced_with_the_rows(net, cached):
     assert session.steps["reuse"] == sum(bool(step.sources) for step in plan.steps)
 
 
+def test_quantized_rows_stay_apart(net):
+    quantize = Quantize("w8a8", activations="dynamic", min_sqnr_db=0, edges=True)
+    compiled = build(net, Hoist(), quantize, Guidance(threshold=0.95))
+    assert compiled.manifest["layers"]
+    together, rest = sampled(session := fresh(compiled), TOLD), noise(3)
+    assert saved_rows(session, 3) > 0
+    for row in range(3):
+        alone = sampled(fresh(compiled), TOLD[row : row + 1], rest[row : row + 1])
+        assert F.mse_loss(alone, together[row : row + 1]) < 1e-4
+
+
 def test_slots_with_another_axis_0_than_the_batch_are_refused():
     with pytest.raises(PassError, match="Guidance with Cache needs slots with the batch on axis 0"):
         build(Folded().eval(), Cache(at=("body",), order=0), Guidance())
@@ -429,6 +439,19 @@ def test_an_estimate_needs_the_step_before(affine):
     assert torch.equal(session(**call)[0], fresh(affine, None)(**call)[0])
 
 
+def test_a_second_evaluation_of_a_step_runs_both_halves(affine):
+    told, session = torch.full((1, 2, 3), 0.5), fresh(affine)
+    run = steps_of(told, noise(1))
+    call = next(run)
+    for _ in range(6):
+        found = session(**call)[0]
+        again = {**call, "sample": call["sample"] + 0.001}
+        call = run.send(found)
+    assert session.rows == {"requested": 12, "evaluated": 11}
+    close(session(**again)[0], fresh(affine, None)(**again)[0])
+    assert session.rows == {"requested": 14, "evaluated": 13}
+
+
 def test_affine_needs_a_calibration_with_guidance(scaled):
     with pytest.raises(CalibrationError, match=r"never ran step 5 after step 4 on two halves"):
         build(scaled, Guidance(mode="affine"))
@@ -494,6 +517,11 @@ def test_options_that_mean_nothing_are_refused(options, message):
 def test_programs_without_guidance_to_save_are_refused(kind, build_options, message):
     with pytest.raises(PassError, match=message):
         build(kind().eval(), Guidance(), **build_options)
+
+
+def test_rows_that_depend_on_each_other_are_found_behind_lossy_passes():
+    with pytest.raises(PassError, match="rows of a batch depend on each other"):
+        build(Mixing().eval(), Cache(at=("body",), order=0), Guidance())
 
 
 def test_a_start_behind_the_schedule_is_refused(scaled):
