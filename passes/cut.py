@@ -28,7 +28,7 @@ from effuse.graph import (
 )
 from effuse.log import Log
 from effuse.passes import canonicalize
-from effuse.plan import FORECAST_INPUT, Dim, Slot
+from effuse.plan import FORECAST_INPUT, Depends, Dim, Slot
 from effuse.program import Part
 
 aten = torch.ops.aten
@@ -90,7 +90,8 @@ def reuse(part: Part, name: str, targets: Sequence[Target], depth: int) -> Part:
     sizes_from_inputs(graph)
     eliminate(graph)
     drop_unused_inputs(graph)
-    return replace(part, name=name, graph=graph)
+    depends = part.depends | (Depends.TIMESTEP if weights else Depends.NOTHING)
+    return replace(part, name=name, depends=depends, graph=graph)
 
 
 def read(part: Part, targets: Sequence[Target]) -> list[Target]:
@@ -103,7 +104,7 @@ def _weights(graph: fx.Graph, depth: int) -> list[fx.Node]:
     """The forecast's weights as scalars, latest first; none for a plain reuse."""
     if depth == 1:
         return []
-    one = fake_mode(graph).from_tensor(torch.zeros(depth))
+    one = fake_mode(graph).from_tensor(torch.zeros(depth), static_shapes=True)
     given = emit_input(graph, FORECAST_INPUT, one)
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first):
