@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from effuse.errors import ArtifactError, require
 from effuse.report_charts import layer_caption, layer_chart, plan_chart
 from effuse.report_pictures import comparison_table, comparison_view, leads
-from effuse.report_plan import plan_line, plan_picture, plan_table
+from effuse.report_plan import guidance_line, plan_line, plan_picture, plan_table
 from effuse.report_tables import (
     details_tables,
     facts,
@@ -65,15 +65,18 @@ class Report:
         """
         console = console or require("rich.console").Console()
         show, picture = console.print, plan_picture(self.manifest, console.width)
+        guided = guidance_line(self.manifest)
+        found = [*tables(self.manifest), kept_table(self.manifest)]
         show(plain(headline(self.manifest)))
         for line in facts(self.manifest, self.seconds):
             show(plain(line))
-        for table in self._tables(not picture):
+        for table in found if picture else (*found, plan_table(self.manifest)):
             if table.rows:
                 show(rich_table(table))
-        for line in picture and (plan_line(self.manifest), *picture):
-            show(plain(line), no_wrap=True)
+        for line in filter(None, (plan_line(self.manifest), *picture, guided)):
+            show(plain(line))
         if self.evaluation is not None:
+            show(rich_table(comparison_table(self.evaluation)))
             for line in leads(self.evaluation):
                 show(plain(line))
 
@@ -86,12 +89,6 @@ class Report:
         """
         name = str(self.manifest.get("model", {}).get("class", "network"))
         return write_html(path, {name: self}, self.evaluation)
-
-    def _tables(self, with_plan: bool) -> list[Table]:
-        found = [*tables(self.manifest), kept_table(self.manifest)]
-        if with_plan:
-            found.append(plan_table(self.manifest))
-        return found if self.evaluation is None else [*found, comparison_table(self.evaluation)]
 
 
 def write_html(
@@ -174,6 +171,7 @@ def section_view(name: str, report: Report) -> dict[str, Any]:
         "layers": layers_table(manifest),
         "plan": plan_table(manifest),
         "plan_line": plan_line(manifest),
+        "guidance": guidance_line(manifest),
         "plan_chart": plan_chart(manifest),
         "details": details_tables(manifest),
         "config": json.dumps(manifest.get("config", {}), indent=2),

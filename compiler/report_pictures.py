@@ -13,7 +13,7 @@ from effuse.errors import require
 from effuse.metrics import CEILING_DB
 from effuse.report_charts import step_chart
 from effuse.report_plan import variants_text
-from effuse.report_text import Table, decibels, duration, listed, unbroken, without_empty
+from effuse.report_text import Table, decibels, duration, listed, seconds, unbroken, without_empty
 
 if TYPE_CHECKING:
     from effuse.evaluate import Evaluation, Run
@@ -60,7 +60,7 @@ def comparison_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
         {
             "name": run.name,
             "variants": variants_text(run.variants),
-            "seconds": f"{run.ms_per_run / 1000:.3g}",
+            "seconds": seconds(run.ms_per_run),
             "ms": f"{run.ms_per_step:.1f}",
             "ms_percent": 100 * run.ms_per_run / slowest,
             "speedup": f"{evaluation.speedup(run):.2f}",

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from effuse.plan import Guide
 from effuse.report_text import Table, counted, gigaflops, percent, without_empty
 
 Manifest = Mapping[str, Any]
@@ -79,7 +80,7 @@ def plan_line(manifest: Manifest) -> str:
     sizes = {name: sum(cost["variants"][name]) / whole for name in counts if name != default}
     if len(sizes) <= LISTED:
         others = ", ".join(
-            f"{counts[name]} run {name!r} ({percent(size)} of a full step)"
+            f"{counts[name]} run {name!r} ({percent(size, int(size < 0.01))} of a full step)"
             for name, size in sizes.items()
         )
     else:
@@ -87,12 +88,19 @@ def plan_line(manifest: Manifest) -> str:
         rest = total - counts[default]
         others = f"{rest} run {len(sizes)} smaller variants ({' to '.join(ends)} of a full step)"
     share = percent(cost["flops"] / (cost["full_flops"] or 1))
-    chosen = "; whether a step reuses is decided for each picture" if plan.get("decision") else ""
-    return (
+    line = (
         f"{counts[default]} of {total} steps in full, {others}: the plan runs "
         f"{share} of the arithmetic of {total} full steps "
-        f"({gigaflops(cost['flops'])} of {gigaflops(cost['full_flops'])} GFLOPs{chosen})"
+        f"({gigaflops(cost['flops'])} of {gigaflops(cost['full_flops'])} GFLOPs)"
     )
+    decided = "; more where the run decides for a full step" if plan.get("decision") else ""
+    return line + decided
+
+
+def guidance_line(manifest: Manifest) -> str:
+    """Which rows of guided calls are left out, if any; the plan's arithmetic counts them all."""
+    guide = manifest["program"].get("plan", {}).get("guidance")
+    return Guide(**guide).line if guide else ""
 
 
 def plan_picture(manifest: Manifest, width: int) -> list[str]:
@@ -114,7 +122,7 @@ def plan_picture(manifest: Manifest, width: int) -> list[str]:
     names = [name if len(name) <= room else f"{name[: room - 1]}…" for name, _ in rows]
     return [
         *(f"{name:<{room}}  {cells}" for name, (_, cells) in zip(names, rows, strict=True)),
-        f"{'':<{room}}  {LEGEND}",
+        LEGEND,
     ]
 
 

@@ -19,6 +19,7 @@ from effuse.report_text import (
     listed,
     megabytes,
     quantity,
+    to_decibels,
     without_empty,
 )
 
@@ -50,7 +51,7 @@ def facts(manifest: Manifest, seconds: Mapping[str, float]) -> list[str]:
     if manifest.get("fallback"):
         lines.append(f"fell back from the faster back end: {manifest['fallback']}")
     if parity.get("sqnr_db") is not None:
-        lines.append(f"agrees with reference to {decibels(parity['sqnr_db'])} dB on the examples")
+        lines.append(f"agrees with reference {to_decibels(parity['sqnr_db'])} on the examples")
     if seconds:
         phases = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
         lines.append(f"compiled in {sum(seconds.values()):.1f} s ({phases})")

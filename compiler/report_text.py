@@ -34,6 +34,11 @@ def duration(milliseconds: float) -> str:
     return f"{milliseconds:.0f} ms" if short else f"{milliseconds / 1000:.2f} s"
 
 
+def seconds(milliseconds: float) -> str:
+    """A time in s with three digits: `6.00`, `29.1`."""
+    return f"{milliseconds / 1000:#.3g}".rstrip(".")
+
+
 def quantity(number: float) -> str:
     """A count with three digits: `4.03 M`."""
     for factor, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
@@ -64,6 +69,11 @@ def decibels(value: float | None) -> str:
     if abs(value) >= CEILING_DB:
         return "equal to the bit" if value > 0 else "not finite"
     return f"{value:.1f}"
+
+
+def to_decibels(value: float) -> str:
+    """`to 33.1 dB`, or `to the bit`."""
+    return "to the bit" if value >= CEILING_DB else f"to {value:.1f} dB"
 
 
 def listed(items: Mapping[str, Any]) -> str:

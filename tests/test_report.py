@@ -17,6 +17,7 @@ from rich.console import Console
 from effuse.cost import block_names
 from effuse.errors import ArtifactError, MissingExtra
 from effuse.evaluate import Evaluation, Run
+from effuse.plan import Guide, to_json
 from effuse.report import Report, write_html
 from effuse.report_pictures import difference
 from effuse.report_plan import DECIDES, FORECASTS, HOLDS, KEEPS, mark, plan_line, plan_picture
@@ -209,7 +210,7 @@ def test_the_plan_is_a_picture_on_the_terminal_where_it_fits():
         "down.0 … down.1 (2)  ▓░░▓",
         "up.0                 ▓▒▒▓",
         "conv_out             ▓▓▓▓",
-        "                     ▓ computed  ▒ in part  ░ not computed, by step",
+        "▓ computed  ▒ in part  ░ not computed, by step",
     ]
     assert plan_picture(manifest(), 10) == []
     narrow = Console(file=io.StringIO(), width=20)
@@ -252,11 +253,13 @@ def test_a_plan_with_every_mark_and_many_slots(tmp_path):
     given["program"]["plan"] |= {
         "steps": [step("full", "abcd"), step("deep", (), "abcd"), step("deep", (), "a", [1, 0])],
         "decision": {"signal": "a", "threshold": 0.1},
+        "guidance": to_json(Guide("batch", True, 0.99, 0, ())),
     }
     words = page(tmp_path, given).words
     assert "computes in full if a signal says so" in words
     assert "forecasts it from several steps" in words
-    assert "whether a step reuses is decided for each picture" in words
+    assert "GFLOPs); more where the run decides for a full step" in words
+    assert "Guidance: conditional rows only" in words
     assert "4 slots" in words and "a, b, c, d" not in words
 
 
