@@ -127,20 +127,25 @@ def drive(
 
 
 def trajectory(program: Program, seed: int) -> Iterable[Mapping[str, Any]]:
-    """Inputs along the schedule: pure noise shrinking linearly towards the example latent.
+    """Inputs along the schedule: noise shrinking linearly towards the example latent.
 
     It stands in where no sampler is at hand; a real run(model) gives better ranges.
     """
     generator = torch.Generator().manual_seed(seed)
+    noises = {
+        item.name: torch.randn(program.examples[item.name].shape, generator=generator)
+        for item in program.inputs
+        if item.role is Role.LATENT and program.examples[item.name].is_floating_point()
+    }
     times = program.timesteps or (None,) * 10
     for index, time in enumerate(times):
         share = 1 - index / len(times)
         flat = {}
         for item in program.inputs:
             value = program.examples[item.name]
-            if item.role is Role.LATENT and value.is_floating_point():
-                noise = torch.randn(value.shape, generator=generator, dtype=torch.float32)
-                value = (share * noise + (1 - share) * value.float()).to(value.dtype)
+            if item.name in noises:
+                mixed = share * noises[item.name] + (1 - share) * value.float()
+                value = mixed.to(value.dtype)
             elif item.role is Role.TIMESTEP and time is not None:
                 value = torch.full_like(value, time)
             flat[item.path] = value
