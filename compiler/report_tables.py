@@ -101,7 +101,8 @@ def programs_table(manifest: Manifest) -> Table:
 
 def passes_table(manifest: Manifest) -> Table:
     """What each pass did, and why it left things alone."""
-    columns = ("pass", "options", "numbers", "did", "left alone", "SQNR, dB")
+    ratio = "SQNR of a full step, dB" if variant_steps(manifest) else "SQNR, dB"
+    columns = ("pass", "options", "numbers", "did", "left alone", ratio)
     rows = [pass_row(record) for record in manifest.get("passes", ())]
     return without_empty(Table("Passes", columns, rows))
 

@@ -187,6 +187,7 @@ def test_every_internal_link_leads_somewhere(tmp_path):
         "61 × identity, 2 × view",
         "7 × noise 1 × first layer",
         "a note",
+        "left alone SQNR of a full step, dB canonicalize",
         "3 layers: 2 in float, 1 in w8a8.",
         "12.5 dB at worst, 26.2 dB in the middle",
         "under the bound 1 3 k",
