@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,8 @@ from effuse.guidance import cosines
 from effuse.passes import Cache, Guidance, Hoist, Quantize
 from effuse.passes.guidance import Seen, estimated_errors, fit_affine, fit_step
 from effuse.plan import Guide, Plan, spec_from_json, to_json
+
+logging.getLogger("torch.__trace").disabled = True  # pytest's log capture would pay for it
 
 TIMES = [900, 800, 700, 600, 500, 400, 300, 200, 100, 0]
 STEPS = len(TIMES)
@@ -60,6 +63,24 @@ class Mixing(Net):
     def forward(self, sample, timestep, encoder_hidden_states, return_dict=True):
         (noise,) = super().forward(sample, timestep, encoder_hidden_states)
         return (noise - noise.mean(0, keepdim=True),)
+
+
+class Blocks(Net):
+    """A stream of equal blocks, the first of which tells what a Cache with a threshold may do."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+                                    for _ in range(3))  # fmt: skip
+
+    def forward(self, sample, timestep, encoder_hidden_states, return_dict=True):
+        entered, _, told = self.parts(sample, timestep, encoder_hidden_states)
+        tokens = entered.flatten(2).transpose(1, 2)
+        for one, other in self.blocks:
+            tokens = tokens + torch.tanh(one(tokens))
+            tokens = tokens + F.relu(other(tokens))
+        body = tokens.transpose(1, 2).unflatten(2, (8, 8))
+        return (self.leave(body) + told[:, :, None, None],)
 
 
 class Folded(Net):
@@ -361,6 +382,17 @@ def test_quantized_rows_stay_apart(net):
     for row in range(3):
         alone = sampled(fresh(compiled), TOLD[row : row + 1], rest[row : row + 1])
         assert F.mse_loss(alone, together[row : row + 1]) < 1e-4
+
+
+def test_a_cache_that_decides_at_run_time_decides_for_the_rows_that_are_left():
+    torch.manual_seed(0)
+    cache = Cache(mode="residual", threshold=0.3, warmup=1)
+    compiled = build(Blocks().eval(), Hoist(), cache, Guidance(threshold=0.95))
+    together, x = sampled(session := fresh(compiled), TOLD), noise(3)
+    assert saved_rows(session, 3) > 0
+    assert 0 < session.steps["full"] < STEPS
+    for row in range(3):
+        close(sampled(fresh(compiled), TOLD[row : row + 1], x[row : row + 1]), together[row, None])
 
 
 def test_slots_with_another_axis_0_than_the_batch_are_refused():
