@@ -117,6 +117,8 @@ class Cache(Pass):
             )
         if self.schedule != "fitted" and (self.full_steps, self.error) != (None, None):
             raise ConfigError('cache: full_steps and error belong to schedule="fitted"')
+        if self.error is not None and not 0 <= self.error < math.inf:
+            raise ConfigError(f"cache: error={self.error!r}: expected a number, at least 0")
         check_threshold(self)
 
     def requires(self, program: Program) -> str | None:
