@@ -57,7 +57,7 @@ class EmojiDitPipeline(DiffusionPipeline):
         self,
         prompts: Sequence[str | int],
         seed: int = 0,
-        guidance: float = 1.5,
+        guidance: float = 1.2,
         on_step: Callable[[int, Any, torch.Tensor], None] = lambda index, time, noise: None,
     ) -> torch.Tensor:
         """Run the scheduler's steps from seeded noise; pixels in [-1, 1], (prompts, 3, 32, 32)."""
@@ -78,7 +78,7 @@ class EmojiDitPipeline(DiffusionPipeline):
         prompts: Sequence[str | int],
         steps: int = 50,
         seed: int = 0,
-        guidance: float = 1.5,
+        guidance: float = 1.2,
     ) -> Pictures:
         """Pictures for captions or class numbers, one each."""
         self.scheduler.set_timesteps(steps)
