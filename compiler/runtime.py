@@ -162,7 +162,7 @@ class Session:
         outputs, guided = self.guidance.end(guided, index, call, found)
         trajectory = replace(trajectory, guided=guided, memory=memory)
         self.trajectories.keep(trajectory, fills, found)
-        return outputs
+        return {name: self.arrays.keep(value) for name, value in outputs.items()}  # maybe a slot's
 
     def step_index(self, values: Mapping[str, Any]) -> int | None:
         """Which step of the schedule a timestep is; None when there is no schedule.

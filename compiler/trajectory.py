@@ -1,16 +1,15 @@
 """Which picture a call belongs to, and the values kept for it between steps (imports no torch).
 
 A denoiser is called with a latent and a timestep, and nobody says which picture that is. A call
-continues a trajectory when its prompt is the same to the bit, its step is the next one, and its
-latent is close to the last one: two steps of one trajectory share most of their noise, two pictures
-share none. A second call at one step with a close latent is taken for a sampler's second evaluation
-(Heun), if no other trajectory's next step could be meant. Anything else, and whatever could be one
-as well as another, starts a trajectory with nothing kept: the worst that an unusual sampler meets
-is a full step.
+fits a trajectory when its prompt is the same to the bit, its step is the next one, and its latent
+is close to the last one: two steps of one trajectory share most of their noise, two pictures share
+none, and no step moves much farther than those before. A second call at a step is taken for a
+sampler's second evaluation (Heun). What fits nothing, or two pictures, starts a trajectory with
+nothing kept: the worst that an unusual sampler meets is a full step.
 
-What remains an assumption: a picture that starts in the middle of the schedule, with the prompt of
-another one that is under way, and likened to it by more than LEAST_LIKENESS (the same initial image
-and little noise), exactly where the other's next step, or its last one again, is expected.
+What remains an assumption: that a picture which is unknown does not fit another's next step, or its
+last one again. It has to start in the middle of the schedule just there, with the same prompt and
+almost the same latent (one initial image, little noise), to be taken for the other.
 """
 
 from __future__ import annotations
@@ -30,7 +29,8 @@ from effuse.plan import FORECAST_INPUT, Plan, PlanStep, ProgramSpec, Role, Slot
 KEPT_TRAJECTORIES = 4  # with their slots: guidance as two calls, for two pictures in turns
 KNOWN_TRAJECTORIES = 16  # without: none of these is taken for one whose slots are kept
 LEAST_LIKENESS = 0.6  # ancestral sampling in 20 steps stays above, other noise is near 0
-CLEARLY = 2.0  # how many times farther from 1 the likeness to any other trajectory has to be
+FARTHER = 9.0  # no step has this times the 1 - likeness of those before: thrice the angle
+LEAST_MOVE = 1e-4  # of 1 - likeness: below is rounding
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Trajectory:
     latent: Any
     began: int
     step: int
+    moved: float = math.inf  # the most of 1 - likeness over a step
     slots: Mapping[str, tuple[Kept, ...]] = field(default_factory=dict)  # latest first
     rows: tuple[int, ...] | None = None  # which of the call's the slots hold; None: all
     guided: Guided | None = None
@@ -92,6 +93,10 @@ class Trajectory:
                  for name, kept in self.slots.items()}  # fmt: skip
         return replace(self, slots=slots)
 
+    def reaches(self, alike: float) -> bool:
+        """Whether the next latent may be as little like the last one as that."""
+        return alike >= max(LEAST_LIKENESS, 1 - FARTHER * max(self.moved, LEAST_MOVE))
+
     def emptied(self) -> Trajectory:
         """With nothing kept: still known, so that its calls are not taken for another's."""
         return replace(self, slots={}, guided=None, memory=None)
@@ -133,7 +138,8 @@ class Trajectories:
         if again and alike < 1.0:
             return replace(known.before(index), latent=latent)
         self._under_way = [each for each in self._under_way if each is not known]
-        return replace(known, latent=latent, step=index)
+        moved = max(1 - alike, known.moved if math.isfinite(known.moved) else 0.0)
+        return replace(known, latent=latent, step=index, moved=known.moved if again else moved)
 
     def keep(self, trajectory: Trajectory, fills: Sequence[str], found: Mapping[str, Any]) -> None:
         """Fill the slots, and expect the trajectory's next step, if there is one."""
@@ -150,18 +156,15 @@ class Trajectories:
 
     def _clearest(self, index: int, values: Mapping[str, Any]) -> tuple[Trajectory | None, float]:
         """The trajectory that the call must mean, with its likeness; None if that is not clear."""
-        alike = {place: self._likeness(each, index, values)
-                 for place, each in enumerate(self._under_way)}  # fmt: skip
-        near = [place for place, found in alike.items() if found >= LEAST_LIKENESS]
+        known = self._under_way
+        alike = [self._likeness(each, index, values) for each in known]
+        near = [place for place, each in enumerate(known) if each.reaches(alike[place])]
         if not near:
             return None, 0.0
-        known = self._under_way
         best = max(near, key=lambda place: (known[place].step < index, alike[place], place))
-        for place in near:
-            close = 1 - alike[place] < CLEARLY * (1 - alike[best])
-            if close and alike[place] < 1.0 and self._differ(known[place], known[best]):
-                return None, 0.0
-        return known[best], alike[best]
+        others = (known[place] for place in near if alike[place] < 1.0)
+        clear = not any(self._differ(each, known[best]) for each in others)
+        return (known[best], alike[best]) if clear else (None, 0.0)
 
     def _differ(self, one: Trajectory, other: Trajectory) -> bool:
         """Whether it matters which of the two a call is taken for."""

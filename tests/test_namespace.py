@@ -27,6 +27,7 @@ DEVICE = (
     "arguments",
     "arrays",
     "decision",
+    "guidance",
     "trajectory",
     "runtime",
     "ort",
