@@ -32,7 +32,7 @@ logging.getLogger("torch.__trace").disabled = True  # pytest's log capture would
 STEPS = 9
 TIMES = tuple(float(time) for time in range(10 * STEPS, 0, -10))
 SPEED = math.pi / 2 / STEPS  # how far a latent turns from its noise to its picture in a step
-EXAMPLES = 12  # of each property and program
+EXAMPLES = 4  # of each property and program
 EMPTY = 9  # the prompt of guidance's unconditional half
 SIZES = {"batch": (1, 4), "height": (4, 16), "width": (4, 16)}
 
