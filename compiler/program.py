@@ -32,6 +32,7 @@ class Part:
     depends: Depends
     graph: fx.Graph
     outputs: tuple[str, ...]
+    exact: bool = True  # of a variant: on the same step's slots it gives what the default gives
 
     @property
     def inputs(self) -> tuple[str, ...]:

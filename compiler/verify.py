@@ -188,7 +188,7 @@ def check_variants(program: Program) -> str | None:
     default variant gives, to the dtype's rounding.
     """
     past = {name for slot in program.plan.slots for name in slot.past}
-    reading = [part for part in program.variants if past & set(part.inputs)]
+    reading = [part for part in program.variants if part.exact and past & set(part.inputs)]
     if not reading or not program.examples:
         return None
     with torch.no_grad():

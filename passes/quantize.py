@@ -130,7 +130,7 @@ class Quantize(Pass):
             kind = self.format if part.rate is Rate.STEP else "w8"
             layers.append(layer(site, kind, ratio, reason))
         eliminate(graph)
-        return replace(part, graph=graph), layers
+        return replace(part, graph=graph, exact=False), layers
 
     def _seen(self, site: fx.Node, part: Part, statistics: Statistics) -> bool:
         """Whether calibration has the ranges that the layer needs."""

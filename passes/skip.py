@@ -224,7 +224,7 @@ def without(part: Part, name: str, blocks: Iterable[Block]) -> Part:
     sizes_from_inputs(graph)
     eliminate(graph)
     drop_unused_inputs(graph)
-    return replace(part, name=name, graph=graph)
+    return replace(part, name=name, graph=graph, exact=False)
 
 
 def _typed(graph: fx.Graph, join: fx.Node, shortcut: Any) -> fx.Node:
