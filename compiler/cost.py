@@ -198,7 +198,7 @@ def block_names(paths: Sequence[str], most: int = MOST_BLOCKS) -> dict[str, str]
 
     Where the outermost modules are too many already, numbered neighbours become one block.
     """
-    deepest = max((len(WORD.findall(path)) for path in paths), default=1)
+    deepest = max((1, *(len(WORD.findall(path)) for path in paths)))
     for level in range(deepest, 0, -1):
         found = {path: ".".join(WORD.findall(path)[:level]) for path in paths}
         if len(set(found.values())) <= most:

@@ -205,7 +205,8 @@ def recorded_values(compiled, given):
     values = {
         each.name: session.arrays.take(given[each.name], each) for each in session.spec.inputs
     }
-    env = {**values, "step_index": session.arrays.index(session.step_index(values) or 0)}
+    index = np.array([session.step_index(values) or 0], dtype=np.int64)
+    env = {**values, "step_index": session.arrays.array(index)}
     for part in session.spec.parts:
         if part.name != "full":
             env.update(zip(part.outputs, session._recall(part, env), strict=True))

@@ -232,6 +232,7 @@ def test_many_variants_are_counted():
 @pytest.mark.parametrize(
     ("paths", "names"),
     [
+        ([""], None),  # a network without modules in it
         (["in", "down.0.conv.1", "down.0.conv.2", "up"], None),  # few: each by itself
         ([f"blocks.{n}.{layer}" for n in range(30) for layer in ("attn", "ff")],
          [f"blocks.{n}" for n in range(30) for _ in "af"]),
