@@ -19,11 +19,12 @@ from effuse.calibrate import calibrate, step_values
 from effuse.capture import capture
 from effuse.dump import dump
 from effuse.errors import PassError
-from effuse.graph import calls, clone, inputs
+from effuse.graph import calls, clone, inputs, module_path
 from effuse.pass_manager import run_passes
 from effuse.passes import Canonicalize, Hoist, Quantize
 from effuse.passes.base import Work
-from effuse.passes.quantize import affine, weight_scale
+from effuse.passes.quantize import last_layers
+from effuse.passes.quantize_writer import affine, weight_scale
 from effuse.program import run_program
 from effuse.verify import exact_bound, verify
 
@@ -267,6 +268,16 @@ def test_the_bound_keeps_the_noisier_layer_in_float():
     assert [name for name, layer in found.items() if layer.format == "w8a8"] == [
         name for name in ("middle", "dense") if name != noisy
     ]
+
+
+def test_what_a_slot_keeps_makes_no_last_layer():
+    part = chain().part("full")
+    graph, _ = clone(part.graph)
+    (results,) = graph.output_node().args
+    middle = calls(graph, aten.conv2d.default)[1]
+    graph.output_node().args = ((*results, middle),)
+    kept = replace(part, graph=graph, outputs=(*part.outputs, "kept"))
+    assert {module_path(node) for node in last_layers(kept, chain())} == {"last"}
 
 
 def test_a_layer_that_calibration_never_saw_stays_in_float():
