@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -76,17 +76,15 @@ def capture(
         described_input(leaf, name, found[leaf.label], sizes(graph, name, symbols))
         for leaf, name in zip(leaves, names, strict=True)
     )
-    sources = {item.name: ROLE_DEPENDS[item.role] for item in described}
-    depends = dependences(graph, sources)[graph.output_node()]
-    outputs = output_names(len(graph.output_node().args[0]))  # type: ignore[arg-type]
+    part = whole(graph, described)
     on_meta = any(leaf.tensor.is_meta for leaf in leaves)
     return Program(
         inputs=described,
         parameters=parameters,
         constants=constants,
         result=result,
-        outputs=outputs,
-        parts=(Part("full", depends | ROLE_DEPENDS[Role.LATENT], graph, outputs),),
+        outputs=part.outputs,
+        parts=(part,),
         weights=weights,
         timesteps=timesteps,
         bounds=dict(dynamic or {}),
@@ -95,6 +93,14 @@ def capture(
         expected=None if on_meta else expected,
         model=describe(model),
     )
+
+
+def whole(graph: fx.Graph, described: Iterable[Input]) -> Part:
+    """The network as the one part of a program, at the rate of steps."""
+    sources = {item.name: ROLE_DEPENDS[item.role] for item in described}
+    depends = dependences(graph, sources)[graph.output_node()]
+    outputs = output_names(len(graph.output_node().args[0]))  # type: ignore[arg-type]
+    return Part("full", depends | ROLE_DEPENDS[Role.LATENT], graph, outputs)
 
 
 def described_input(leaf: Leaf, name: str, role: Role, shape: tuple[Dim, ...]) -> Input:
@@ -153,8 +159,7 @@ def unlift(
     """The exported graph with weights as `get_attr` nodes, tensor inputs and user outputs only."""
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
-    signature = exported.graph_signature
-    kinds = {spec.arg.name: spec for spec in signature.input_specs}
+    kinds = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
     stored = {**exported.state_dict, **exported.constants}
     weights: dict[str, torch.Tensor] = {}
     wanted = iter(paths)
@@ -177,18 +182,20 @@ def unlift(
         else:
             continue  # an argument that is no tensor: captured as a constant
         mapping[node].meta.update(node.meta)
-    kept = [
-        mapping[arg]
-        for arg, spec in zip(
-            exported.graph.output_node().args[0],
-            signature.output_specs,
-            strict=True,
-        )
-        if spec.kind is OutputKind.USER_OUTPUT and isinstance(arg, fx.Node)
-    ]
-    set_outputs(graph, kept)
+    set_outputs(graph, [mapping[node] for node in user_outputs(exported)])
     eliminate(graph)
     return graph, weights, names
+
+
+def user_outputs(exported: ExportedProgram) -> list[fx.Node]:
+    """The exported graph's tensors that the network returns."""
+    values: Any = exported.graph.output_node().args[0]
+    specs = exported.graph_signature.output_specs
+    return [
+        value
+        for value, spec in zip(values, specs, strict=True)
+        if spec.kind is OutputKind.USER_OUTPUT and isinstance(value, fx.Node)
+    ]
 
 
 def sizes(graph: fx.Graph, name: str, symbols: Mapping[str, str]) -> tuple[Dim, ...]:
