@@ -31,6 +31,7 @@ from effuse.errors import ConfigError, PassError, nearest
 from effuse.passes.base import Pass, Work
 from effuse.passes.cut import Target, fill, read, reuse, slots
 from effuse.passes.features import Features, fitted_weights, gram_matrix
+from effuse.passes.sensitivity import step_weights
 from effuse.passes.signals import (
     LEAST_R2,
     Signals,
@@ -139,7 +140,7 @@ class Cache(Pass):
         keys = self.rule(len(program.timesteps or ()))
         gram = self._gram(program, filling, targets, work)
         if gram is not None and self.schedule == "fitted":
-            keys = self.fit(gram)
+            keys = self.fit(gram, step_weights(program, full, targets, work))
         steps = self.plan(keys, len(program.timesteps or ()), gram)
         depth = max((len(step.sources) for step in steps), default=0)
         if not depth:
@@ -249,13 +250,15 @@ class Cache(Pass):
             return schedules.uniform(steps, self.interval, warmup)
         return schedules.explicit(steps, self.schedule)
 
-    def fit(self, gram: np.ndarray[Any, Any]) -> tuple[int, ...]:
-        """The full steps with the least error of the forecast features."""
+    def fit(
+        self, gram: np.ndarray[Any, Any], weights: np.ndarray[Any, Any] | None = None
+    ) -> tuple[int, ...]:
+        """The full steps with the least error of the forecast features, weighted by step."""
         warmup = min(self.warmup, len(gram))
         if self.error is not None:
-            return schedules.fitted_to(gram, self.error, self.order, warmup)
+            return schedules.fitted_to(gram, self.error, self.order, warmup, weights)
         count = self.full_steps or len(schedules.uniform(len(gram), self.interval, warmup))
-        return schedules.fitted(gram, count, self.order, warmup)
+        return schedules.fitted(gram, count, self.order, warmup, weights)
 
     def plan(
         self, keys: Sequence[int], steps: int, gram: np.ndarray[Any, Any] | None
