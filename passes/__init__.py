@@ -26,6 +26,8 @@ PRESETS: dict[str, tuple[Pass, ...]] = {
     "none": (),
     "exact": (Hoist(),),
     "w8a8": (Hoist(), Quantize("w8a8")),
+    "cache": (Hoist(), Cache()),
+    "w8a8-cache": (Hoist(), Cache(), Quantize("w8a8")),
     "w8a8-dynamic": (Hoist(), Quantize("w8a8", activations="dynamic")),
 }
 
