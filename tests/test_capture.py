@@ -6,7 +6,6 @@ import functools
 import gc
 import logging
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import diffusers
@@ -219,12 +218,6 @@ def captured(name: str, timesteps: tuple[float, ...] | None = None) -> Program:
     program = capture(build(name), inputs_of(name, first), timesteps=timesteps)
     gc.freeze()  # it stays for all tests, and a walk over its nodes would double their time
     return program
-
-
-@pytest.fixture(scope="module", autouse=True)
-def thawed() -> Iterator[None]:
-    yield
-    gc.unfreeze()
 
 
 def refreshed(inputs: dict[str, Any], seed: int = 1) -> dict[str, Any]:

@@ -459,12 +459,6 @@ def found(name):
     return structure
 
 
-@pytest.fixture(scope="module", autouse=True)
-def thawed():
-    yield
-    gc.unfreeze()
-
-
 @pytest.mark.parametrize("name", NETWORKS)
 def test_counts(name):
     _, skips, units, layers, chains, blocks = NETWORKS[name]

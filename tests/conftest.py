@@ -1,0 +1,16 @@
+"""For all tests: the garbage collector does not walk over what stays alive anyway."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled() -> Iterator[None]:
+    """Set aside what is alive: imported modules, and the networks of the files before this one."""
+    gc.collect()
+    gc.freeze()
+    yield
