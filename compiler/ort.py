@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from effuse.runtime import Run, Session
 ERRORS_ONLY = 3
 # A matmul with stored int8 weights becomes MatMulNBits, which by default (4) would quantize the
 # activations too; 1 keeps float32 arithmetic, as the graph says.
-CONFIG = {"session.qdq_matmulnbits_accuracy_level": "1"}
+# One arena for all sessions: variants run in turns, so each reuses the memory of the last.
+CONFIG = {"session.qdq_matmulnbits_accuracy_level": "1", "session.use_env_allocators": "1"}
 
 
 def open_session(
@@ -27,6 +30,7 @@ def open_session(
         threads: for one operator; 0 lets onnxruntime choose.
         providers: execution providers in order of preference; the CPU by default.
     """
+    _share_memory()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = ERRORS_ONLY
@@ -35,6 +39,16 @@ def open_session(
     chosen = list(providers) or ["CPUExecutionProvider"]
     runs = {part.name: _run(part, folder, options, chosen) for part in spec.parts}
     return Session(spec, runs)
+
+
+@cache
+def _share_memory() -> None:
+    """Register the arena that the process's sessions share; once."""
+    memory = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    with contextlib.suppress(Exception):  # the application has registered one: that is shared
+        onnxruntime.create_and_register_allocator(memory, None)
 
 
 def _run(part: PartSpec, folder: Path, options: Any, providers: list[str]) -> Run:
