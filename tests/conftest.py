@@ -14,3 +14,10 @@ def settled() -> Iterator[None]:
     gc.collect()
     gc.freeze()
     yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def thawed() -> Iterator[None]:
+    """Bindings of C++ complain at exit about what is never collected."""
+    yield
+    gc.unfreeze()
