@@ -17,20 +17,21 @@ features by least squares. Order 0 holds the last value, as the papers' codes do
 
 from __future__ import annotations
 
-import fnmatch
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
-from torch import fx
 
 from effuse import schedule as schedules
-from effuse.errors import ConfigError, PassError, nearest
+from effuse.errors import ConfigError, PassError
 from effuse.passes.base import Pass, Work
+from effuse.passes.correction import corrections, corrector
 from effuse.passes.cut import Target, fill, read, reuse, slots
-from effuse.passes.features import Features, fitted_weights, gram_matrix
+from effuse.passes.features import Features, fitted_weights, gram_matrix, whole_runs
+from effuse.passes.options import check_choice, check_sequence, check_whole
+from effuse.passes.places import MODE_TARGETS, named, summary
 from effuse.passes.sensitivity import step_weights
 from effuse.passes.signals import (
     LEAST_R2,
@@ -43,7 +44,7 @@ from effuse.passes.signals import (
 )
 from effuse.plan import Decision, Plan, PlanStep
 from effuse.program import Part, Program
-from effuse.structure import Chain, Structure, module_outputs, modules, reused_share
+from effuse.structure import Structure, reused_share
 
 Mode = Literal["deep", "encoder", "block", "layer", "unit", "residual"]
 Named = Literal["uniform", "nonuniform", "propagation", "fitted"]
@@ -66,7 +67,11 @@ class Cache(Pass):
         at: module paths whose outputs are cached instead of what `mode` finds.
         full_steps: of `fitted`: how many steps are full; None: as many as uniform has.
         error: of `fitted`: the relative error of the features to stay under; sets full_steps.
+        clock: what the forecast's polynomial is in: the `step` number, or the `timestep`, which is
+            the sampler's own time where its steps are uneven.
         forecast: weights from a `polynomial`, or `fitted` to the calibration's features.
+        correct: scale and shift what is forecast, per channel and step, as fits the calibration's
+            features best (CacheQuant's DEC).
         center, power, released: of `nonuniform`; released takes the schedule that DeepCache's code
             gives instead of the intended one.
         threshold: of mode `residual`, instead of a schedule: reuse the latest value (order 0) while
@@ -90,7 +95,9 @@ class Cache(Pass):
     at: tuple[str, ...] = ()
     full_steps: int | None = None
     error: float | None = None
+    clock: Literal["step", "timestep"] = "step"
     forecast: Literal["polynomial", "fitted"] = "polynomial"
+    correct: bool = False
     center: int = 15
     power: float = 1.4
     released: bool = False
@@ -99,19 +106,20 @@ class Cache(Pass):
     polynomial: Literal["fitted"] | tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        check_choice("mode", self.mode, get_args(Mode))
-        check_sequence("at", self.at, "module paths")
-        check_choice("forecast", self.forecast, ("polynomial", "fitted"))
+        check_choice("cache", "mode", self.mode, get_args(Mode))
+        check_sequence("cache", "at", self.at, "module paths")
+        check_choice("cache", "clock", self.clock, ("step", "timestep"))
+        check_choice("cache", "forecast", self.forecast, ("polynomial", "fitted"))
         if isinstance(self.schedule, str):
-            check_choice("schedule", self.schedule, get_args(Named))
+            check_choice("cache", "schedule", self.schedule, get_args(Named))
         else:
-            check_sequence("schedule", self.schedule, "full steps")
-        check_whole("interval", self.interval, 1)
-        check_whole("order", self.order, 0, 2)
-        check_whole("warmup", self.warmup, 1)
-        check_whole("branch", self.branch, 0)
+            check_sequence("cache", "schedule", self.schedule, "full steps")
+        check_whole("cache", "interval", self.interval, 1)
+        check_whole("cache", "order", self.order, 0, 2)
+        check_whole("cache", "warmup", self.warmup, 1)
+        check_whole("cache", "branch", self.branch, 0)
         if self.full_steps is not None:
-            check_whole("full_steps", self.full_steps, 1)
+            check_whole("cache", "full_steps", self.full_steps, 1)
         if (self.include or self.exclude) and (self.at or self.mode not in CHOSEN):
             raise ConfigError(
                 f"cache: include and exclude choose among the places of mode {', '.join(CHOSEN)}"
@@ -138,17 +146,26 @@ class Cache(Pass):
             return self._decided(program, full, targets, work)
         filling = fill(full, targets)
         keys = self.rule(len(program.timesteps or ()))
-        gram = self._gram(program, filling, targets, work)
+        features = self._features(program, filling, targets, work)
+        count = len(program.timesteps or ())
+        gram = None if features is None else gram_matrix(features, count)
         if gram is not None and self.schedule == "fitted":
-            keys = self.fit(gram, step_weights(program, full, targets, work))
-        steps = self.plan(keys, len(program.timesteps or ()), gram)
+            weights = step_weights(program, full, targets, work)
+            keys = self.fit(gram, weights, self.times(program))
+        steps = self.plan(keys, self.times(program), gram)
         depth = max((len(step.sources) for step in steps), default=0)
         if not depth:
             work.log.note("every step is full: nothing is reused")
             return program
         if not work.log.spend("cache"):
             return program
-        reading = reuse(full, "reuse", targets, depth)
+        stored = dict(program.weights)
+        if self.correct and features is not None:
+            runs = whole_runs(features, len(steps))
+            adjust = corrector(corrections(features, steps, runs), stored)
+            reading = replace(reuse(full, "reuse", targets, depth, adjust), exact=False)
+        else:
+            reading = reuse(full, "reuse", targets, depth)
         share = reused_share(full, reading)
         work.log.note(
             f"{len(keys)} of {len(steps)} steps in full; the others leave out {share:.1%} of the "
@@ -156,7 +173,7 @@ class Cache(Pass):
         )
         parts = [filling if part is full else part for part in program.parts]
         plan = Plan(full.name, completed(steps, targets, depth), slots(targets, depth))
-        return program.with_parts(*parts, reading, plan=plan)
+        return program.with_parts(*parts, reading, plan=plan, weights=stored)
 
     def _decided(
         self, program: Program, full: Part, targets: Sequence[Target], work: Work
@@ -238,6 +255,11 @@ class Cache(Pass):
         left = f"this network has places for {other}" if other else "no mode finds a place in it"
         return f"mode={self.mode!r} finds nothing to cache; {left}; or name modules with at=(…)"
 
+    def times(self, program: Program) -> Sequence[float]:
+        """Each step's place on the clock of the forecast."""
+        known = program.timesteps or ()
+        return known if self.clock == "timestep" else range(len(known))
+
     def rule(self, steps: int) -> tuple[int, ...]:
         """The full steps by the schedule's rule; what `fitted` has to beat, by uniform's."""
         warmup = min(self.warmup, steps)
@@ -251,21 +273,24 @@ class Cache(Pass):
         return schedules.explicit(steps, self.schedule)
 
     def fit(
-        self, gram: np.ndarray[Any, Any], weights: np.ndarray[Any, Any] | None = None
+        self,
+        gram: np.ndarray[Any, Any],
+        weights: np.ndarray[Any, Any] | None = None,
+        times: Sequence[float] | None = None,
     ) -> tuple[int, ...]:
         """The full steps with the least error of the forecast features, weighted by step."""
         warmup = min(self.warmup, len(gram))
         if self.error is not None:
-            return schedules.fitted_to(gram, self.error, self.order, warmup, weights)
+            return schedules.fitted_to(gram, self.error, self.order, warmup, weights, clock=times)
         count = self.full_steps or len(schedules.uniform(len(gram), self.interval, warmup))
-        return schedules.fitted(gram, count, self.order, warmup, weights)
+        return schedules.fitted(gram, count, self.order, warmup, weights, clock=times)
 
     def plan(
-        self, keys: Sequence[int], steps: int, gram: np.ndarray[Any, Any] | None
+        self, keys: Sequence[int], times: Sequence[float], gram: np.ndarray[Any, Any] | None
     ) -> list[PlanStep]:
         """What each step reads, by the step's sources and their weights in the forecast."""
         found = []
-        for index in range(steps):
+        for index in range(len(times)):
             if index in keys:
                 found.append(PlanStep("full"))
                 continue
@@ -273,22 +298,22 @@ class Cache(Pass):
             if gram is not None and self.forecast == "fitted":
                 weights = fitted_weights(gram, sources, index)
             else:
-                weights = schedules.lagrange(range(steps), sources, index)
+                weights = schedules.lagrange(times, sources, index)
             found.append(PlanStep("reuse", sources=sources, weights=weights))
         return found
 
-    def _gram(
+    def _features(
         self, program: Program, filling: Part, targets: Sequence[Target], work: Work
-    ) -> np.ndarray[Any, Any] | None:
-        """Inner products of the cached features of each two steps, if anything is fitted."""
-        if "fitted" not in (self.schedule, self.forecast):
+    ) -> Features | None:
+        """The cached features along the calibration's trajectories, if anything is fitted."""
+        if not self.correct and "fitted" not in (self.schedule, self.forecast):
             return None
         if work.drive is None:
-            raise PassError("cache: a fitted schedule or forecast needs calibration")
+            raise PassError("cache: a fitted schedule, forecast or correction needs calibration")
         parts = [filling if part.name == filling.name else part for part in program.parts]
         features = Features(filling, [target.slot for target in targets])
         work.drive(program.with_parts(*parts), features)
-        return gram_matrix(features, len(program.timesteps or ()))
+        return features
 
 
 def completed(
@@ -310,26 +335,6 @@ def completed(
     return tuple(found)
 
 
-def check_choice(name: str, value: str, known: Iterable[str]) -> None:
-    """Raise ConfigError for an option that is none of the known ones."""
-    if value not in known:
-        raise ConfigError(f"cache: {name}={value!r} is unknown{nearest(str(value), known)}")
-
-
-def check_sequence(name: str, value: Any, what: str) -> None:
-    """Raise ConfigError for an option that is no sequence, or a string."""
-    if not isinstance(value, (tuple, list)):
-        raise ConfigError(f"cache: {name}={value!r}: expected a sequence of {what}")
-
-
-def check_whole(name: str, value: int, low: int, high: int | None = None) -> None:
-    """Raise ConfigError for a number that is not whole or out of its range."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < low or (high is not None and value > high):
-        most = "" if high is None else f" and at most {high}"
-        raise ConfigError(f"cache: {name}={value!r}: expected a whole number, at least {low}{most}")
-
-
 def check_threshold(options: Cache) -> None:
     """Raise ConfigError for a threshold that is none, or options that need one."""
     if options.threshold is None:
@@ -340,94 +345,15 @@ def check_threshold(options: Cache) -> None:
         raise ConfigError(
             f"cache: threshold={options.threshold!r}: expected a number, at least 0, such as 0.1"
         )
+    if options.correct:
+        raise ConfigError("cache: correct belongs to a schedule; a threshold has no fixed sources")
     if options.mode != "residual" or options.at:
         raise ConfigError(
             'cache: a threshold belongs to mode="residual", whose first block tells what changed'
         )
     if isinstance(options.polynomial, str):
-        check_choice("polynomial", options.polynomial, ("fitted",))
+        check_choice("cache", "polynomial", options.polynomial, ("fitted",))
     else:
-        check_sequence("polynomial", options.polynomial, "coefficients")
+        check_sequence("cache", "polynomial", options.polynomial, "coefficients")
     if options.polynomial and not options.accumulate:
         raise ConfigError("cache: a polynomial needs accumulate=True: it is of changes in a step")
-
-
-def summary(targets: Sequence[Target], most: int = 3) -> list[str]:
-    """The first few targets by name, and how many there are."""
-    names = list(dict.fromkeys(target.name for target in targets))
-    return names if len(names) <= most else [*names[:most], f"… {len(names)} in all"]
-
-
-def named(full: Part, program: Program, paths: Sequence[str]) -> list[Target]:
-    """The outputs of the modules that a person names; patterns may be used.
-
-    Raises:
-        PassError: the network has no such module, or nothing of it changes with the latent.
-    """
-    known, structure = modules(full), Structure(full, program)
-    found = []
-    for pattern in paths:
-        matching = [path for path in known if fnmatch.fnmatch(path, pattern)]
-        if not matching:
-            raise PassError(f"cache: at={pattern!r} names no module{nearest(pattern, known)}")
-        values = [node for path in matching for node in module_outputs(full, path)]
-        fresh = [node for node in values if structure.fresh(node)]
-        if not fresh:
-            raise PassError(f"cache: at={pattern!r} gives nothing that changes with the latent")
-        found += [Target(pattern, node) for node in fresh]
-    return found
-
-
-def _deep(options: Cache, full: Part, program: Program) -> list[Target]:
-    skips = Structure(full, program).skips
-    if skips and options.branch >= len(skips):
-        raise PassError(
-            f"cache: branch={options.branch}: this network has {len(skips)} long skips, "
-            f"0 (the shallowest) to {len(skips) - 1}"
-        )
-    return [Target(_place(skip.join, options.branch), skip.deep)
-            for skip in skips[options.branch : options.branch + 1]]  # fmt: skip
-
-
-def _place(join: fx.Node, branch: int) -> str:
-    return f"long skip {branch}, {join.name}"
-
-
-def _encoder(options: Cache, full: Part, program: Program) -> list[Target]:
-    skips = Structure(full, program).skips
-    found = [Target(_place(skip.join, n), skip.skip) for n, skip in enumerate(skips)]
-    return [*found, Target("middle", skips[-1].deep)] if skips else []
-
-
-def _unit(options: Cache, full: Part, program: Program) -> list[Target]:
-    return [Target(span.name, span.inner) for span in Structure(full, program).units]
-
-
-def _layer(options: Cache, full: Part, program: Program) -> list[Target]:
-    return [Target(span.name, span.branch) for span in Structure(full, program).layers]
-
-
-def _block(options: Cache, full: Part, program: Program) -> list[Target]:
-    return [_added(block) for block in Structure(full, program).blocks]
-
-
-def _added(chain: Chain) -> Target:
-    """What a chain adds to its stream."""
-    if len(chain.spans) == 1:
-        return Target(chain.name, chain.spans[0].branch)
-    return Target(chain.name, chain.exit, chain.spans[0].shortcut)
-
-
-def _residual(options: Cache, full: Part, program: Program) -> list[Target]:
-    stack = Structure(full, program).stack()
-    return [Target(stack.name, stack.exit, stack.entry)] if stack else []
-
-
-MODE_TARGETS = {
-    "deep": _deep,
-    "encoder": _encoder,
-    "unit": _unit,
-    "layer": _layer,
-    "block": _block,
-    "residual": _residual,
-}

@@ -7,7 +7,7 @@ network adds to its stream; the stream itself stays fresh.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -73,24 +73,41 @@ def fill(part: Part, targets: Sequence[Target]) -> Part:
     return replace(part, graph=graph, outputs=(*part.outputs, *(t.slot for t in targets)))
 
 
-def reuse(part: Part, name: str, targets: Sequence[Target], depth: int) -> Part:
-    """The variant that reads the targets' past, without what only they needed."""
+def as_it_is(graph: fx.Graph, slot: Slot, value: fx.Node) -> fx.Node:
+    """A forecast without a correction."""
+    return value
+
+
+def reuse(
+    part: Part,
+    name: str,
+    targets: Sequence[Target],
+    depth: int,
+    adjust: Callable[[fx.Graph, Slot, fx.Node], fx.Node] = as_it_is,
+) -> Part:
+    """The variant that reads the targets' past, without what only they needed.
+
+    `adjust(graph, slot, forecast)` may write a correction behind each forecast.
+    """
     graph, mapping = clone(part.graph)
     weights = _weights(graph, depth)
     kept = zip(targets, slots(targets, depth), strict=True)
-    pasts = [(target, [emit_input(graph, name, value_of(mapping[target.value]))
-                       for name in slot.past]) for target, slot in kept]  # fmt: skip
-    for target, past in reversed(pasts):  # the last first: a stream may start at a value cut next
+    pasts = [(target, slot, [emit_input(graph, name, value_of(mapping[target.value]))
+                             for name in slot.past]) for target, slot in kept]  # fmt: skip
+    for target, slot, past in reversed(
+        pasts
+    ):  # the last first: a stream may start at a value cut next
         value = mapping[target.value]
         with graph.inserting_before(value):
-            new = forecast(graph, past, weights, like=value)
+            new = adjust(graph, slot, forecast(graph, past, weights, like=value))
             if target.start is not None:
                 new = emit(graph, aten.add.Tensor, mapping[target.start], new, like=value)
         substitute(value, new)
     sizes_from_inputs(graph)
     eliminate(graph)
     drop_unused_inputs(graph)
-    depends = part.depends | (Depends.TIMESTEP if weights else Depends.NOTHING)
+    by_step = weights or adjust is not as_it_is
+    depends = part.depends | (Depends.TIMESTEP if by_step else Depends.NOTHING)
     return replace(part, name=name, depends=depends, graph=graph)
 
 

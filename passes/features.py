@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from effuse.graph import outputs
 from effuse.program import Part
 from effuse.watch import Watch
 
+Array = np.ndarray[Any, Any]
+
 SAMPLED = 65536  # elements kept of all slots together, at each step: 13 MB over 50 steps
 RIDGE = 1e-9  # relative: two refreshes may hold nearly the same
 
@@ -25,7 +28,10 @@ class Features(Watch):
     def __init__(self, part: Part, slots: Sequence[str], seed: int = 0) -> None:
         names = dict(zip(part.outputs, outputs(part.graph), strict=True))
         self._part = part.name
-        self._nodes = [names[slot].name for slot in slots]
+        self.nodes = {slot: names[slot].name for slot in slots}
+        self._nodes = list(self.nodes.values())
+        self.channels: dict[str, Array] = {}  # of the kept elements, by node
+        self.widths: dict[str, int] = {}  # how many channels a node's value has
         self._places: dict[str, torch.Tensor] = {}
         self._random = torch.Generator().manual_seed(seed)
         self._index: int | None = None
@@ -44,22 +50,36 @@ class Features(Watch):
         if node.name not in self._places:
             count = max(1, min(value.numel(), SAMPLED // len(self._nodes)))
             chosen = torch.randperm(value.numel(), generator=self._random)[:count]
-            self._places[node.name] = chosen.sort().values
+            places = chosen.sort().values
+            self._places[node.name] = places
+            self.channels[node.name] = channel_of(places, value.shape).numpy()
+            self.widths[node.name] = value.shape[channel_axis(value.dim())]
         flat = value.flatten()
         places = self._places[node.name]
         self.by_step[self._index][-1][node.name] = flat[places % flat.numel()].float()
 
-    def at(self, index: int, run: int) -> np.ndarray[Any, Any]:
+    def at(self, index: int, run: int) -> Array:
         """All kept elements of step `index` in the trajectory number `run`."""
         kept = self.by_step[index][run]
         return np.concatenate([kept[name].numpy() for name in self._nodes])
 
 
-def gram_matrix(features: Features, steps: int) -> np.ndarray[Any, Any]:
-    """(steps, steps) inner products, summed over the whole trajectories that were seen.
+def channel_axis(dims: int) -> int:
+    """Where the channels of an activation are: (N, C, H, W), or (…, C) of tokens."""
+    return 1 if dims == 4 else dims - 1
+
+
+def channel_of(places: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """The channels of elements at `places` of a flattened activation of that shape."""
+    axis = channel_axis(len(shape))
+    return places // prod(shape[axis + 1 :]) % shape[axis]
+
+
+def whole_runs(features: Features, steps: int) -> int:
+    """How many trajectories went through all steps.
 
     Raises:
-        CalibrationError: no trajectory went through all steps.
+        CalibrationError: none did.
     """
     runs = min(len(features.by_step.get(index, ())) for index in range(steps))
     if not runs:
@@ -68,6 +88,16 @@ def gram_matrix(features: Features, steps: int) -> np.ndarray[Any, Any]:
             f"cache: calibration never ran step {missing[0]} of {steps}; hand compile a "
             "calibration run that samples over the whole schedule"
         )
+    return runs
+
+
+def gram_matrix(features: Features, steps: int) -> Array:
+    """(steps, steps) inner products, summed over the whole trajectories that were seen.
+
+    Raises:
+        CalibrationError: no trajectory went through all steps.
+    """
+    runs = whole_runs(features, steps)
     total = np.zeros((steps, steps))
     for run in range(runs):
         rows = np.stack([features.at(index, run) for index in range(steps)]).astype(np.float64)
@@ -75,13 +105,10 @@ def gram_matrix(features: Features, steps: int) -> np.ndarray[Any, Any]:
     return total
 
 
-def fitted_weights(
-    gram: np.ndarray[Any, Any], sources: Sequence[int], at: int
-) -> tuple[float, ...]:
+def fitted_weights(gram: Array, sources: Sequence[int], at: int) -> tuple[float, ...]:
     """The weights w with the least |F_at - Σ_j w_j F_sources_j|², by the normal equations."""
     chosen = list(sources)
     system = gram[np.ix_(chosen, chosen)]
-    ridge = (RIDGE * np.trace(system) or 1.0) * np.eye(
-        len(chosen)
-    )  # nothing but zeros: any will do
+    least = RIDGE * np.trace(system) or 1.0  # of nothing but zeros: any will do
+    ridge = least * np.eye(len(chosen))
     return tuple(float(w) for w in np.linalg.solve(system + ridge, gram[chosen, at]))

@@ -25,10 +25,11 @@ import torch
 from torch import fx
 
 from effuse.arrays import NumpyArrays
-from effuse.errors import CalibrationError, ConfigError, PassError, nearest
+from effuse.errors import CalibrationError, ConfigError, PassError
 from effuse.graph import outputs, value_of
 from effuse.guidance import Guided, estimate, halves, places
 from effuse.passes.base import Pass, Work
+from effuse.passes.options import check_choice
 from effuse.plan import Guide, Input, Role
 from effuse.program import Part, Program, run_program
 from effuse.trajectory import Trajectories, Trajectory
@@ -64,11 +65,7 @@ class Guidance(Pass):
 
     def __post_init__(self) -> None:
         for option, known in (("mode", Mode), ("order", Order)):
-            value, words = getattr(self, option), get_args(known)
-            if value not in words:
-                raise ConfigError(
-                    f"guidance: {option}={value!r} is unknown{nearest(str(value), words)}"
-                )
+            check_choice("guidance", option, getattr(self, option), get_args(known))
         number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
         if not (number and 0 < self.threshold < math.inf):
             raise ConfigError(

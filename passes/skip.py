@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal, get_args
 from effuse.errors import ConfigError, PassError, nearest
 from effuse.log import Log
 from effuse.passes.base import Pass, Work
+from effuse.passes.options import check_choice
 from effuse.passes.skip_blocks import Block, What, find_blocks, plan_flops, remaining, without
 from effuse.passes.skip_search import SEARCHES, Stretches, measure, measure_sets
 from effuse.plan import Rate
@@ -61,8 +62,8 @@ class Skip(Pass):
     max_variants: int = 4
 
     def __post_init__(self) -> None:
-        _choice("what", self.what, get_args(What))
-        _choice("search", self.search, get_args(Search))
+        check_choice("skip", "what", self.what, get_args(What))
+        check_choice("skip", "search", self.search, get_args(Search))
         if (self.steps is None) == (self.budget is None):
             raise ConfigError("skip: give either steps=… (which blocks, when) or budget=…")
         if self.budget is not None and not 0 < self.budget < 1:
@@ -253,8 +254,3 @@ def _matching(blocks: Sequence[Block], pattern: str) -> frozenset[Block]:
         known = [block.name for block in blocks]
         raise PassError(f"skip: {pattern!r} names no block{nearest(pattern, known)}")
     return found
-
-
-def _choice(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ConfigError(f"skip: {name}={value!r} is unknown{nearest(str(value), known)}")

@@ -382,20 +382,20 @@ class Polynomial(nn.Module):
         return torch.cat([self.deep(found), skip], dim=-1) * timestep.cos()
 
 
-def polynomial(degree, dtype=torch.float64, **options):
+def polynomial(degree, dtype=torch.float64, times=range(8), **options):
     net = Polynomial(degree).to(dtype).eval()
     given = {"sample": torch.zeros(1, 4, dtype=dtype), "timestep": torch.tensor(0.0, dtype=dtype)}
-    times = tuple(float(step) for step in range(8))
+    times = tuple(float(time) for time in times)
     program = run_passes(capture(net, given, timesteps=times), (*PASSES, Cache(**options)))
     return net, program
 
 
 def along(net, program):
-    """Relative errors of the session, step by step, the latent linear in the step."""
+    """Relative errors of the session, step by step, the latent linear in the timestep."""
     run, errors = session(program), []
     direction = torch.tensor([[1.0, -2.0, 0.5, 3.0]], dtype=torch.float64)
-    for step in range(8):
-        given = {"sample": (1 + step) * direction, "timestep": torch.tensor(float(step))}
+    for step in program.timesteps:
+        given = {"sample": (1 + step) * direction, "timestep": torch.tensor(step)}
         given = {key: value.to(torch.float64) for key, value in given.items()}
         with torch.no_grad():
             errors.append(relative_error((run(**given),), (net(**given),)))
@@ -408,6 +408,15 @@ def test_a_forecast_is_exact_for_polynomials_of_its_degree(degree, order):
     net, program = polynomial(degree, order=order, interval=2, warmup=3)
     assert keys_of(program) == (0, 1, 2, 4, 6)
     assert max(along(net, program)) < 1e-6  # the weights are float32
+
+
+UNEVEN = (0, 1, 3, 4, 6, 7, 10, 11)
+
+
+def test_a_forecast_in_the_samplers_time_is_exact_where_steps_are_uneven():
+    options = {"order": 1, "interval": 2, "warmup": 2, "times": UNEVEN}
+    assert max(along(*polynomial(1, clock="timestep", **options))) < 1e-6
+    assert max(along(*polynomial(1, clock="step", **options))) > 1e-3
 
 
 @pytest.mark.parametrize(("degree", "order"), [(1, 0), (2, 1)])
