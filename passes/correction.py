@@ -43,7 +43,7 @@ def _table(features: Features, node: str, steps: Sequence[PlanStep], runs: int) 
     for index, step in enumerate(steps):
         if step.sources:
             pairs = zip(step.weights or (1.0,), step.sources, strict=False)
-            forecast = sum(weight * value(source) for weight, source in pairs)
+            forecast = np.sum([weight * value(source) for weight, source in pairs], axis=0)
             scale[index], shift[index] = least_squares(forecast, value(index), places, count)
     return torch.from_numpy(scale).float(), torch.from_numpy(shift).float()
 
