@@ -14,6 +14,7 @@ import contextlib
 import datetime
 import inspect
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -63,6 +64,7 @@ def main() -> int:
     add("--rounds", type=int, default=3, help="timed runs of each configuration (default: 3)")
     add("--threads", type=int, default=0, help="of onnxruntime; default: it chooses")
     add("--out", type=Path, default=Path("benchmarks/results"), help="folder to write into")
+    add("--only", default="", metavar="REGEX", help="only the configurations with such names")
     add("--smoke", action="store_true", help="2 prompts, 10 steps, 1 round, few configurations")
     arguments = parser.parse_args()
     if arguments.smoke:
@@ -82,7 +84,8 @@ def main() -> int:
 def run(network: str, arguments: argparse.Namespace) -> bool:
     """Sweep one network, write its results; whether a configuration failed."""
     start, remarks = time.perf_counter(), []
-    rows = chosen(network, arguments.steps, arguments.smoke)
+    rows = [row for row in chosen(network, arguments.steps, arguments.smoke)
+            if re.search(arguments.only, row.name)]  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="effuse-") as folder, bars(network) as progress:
         bench = Bench(network, arguments, Path(folder))
         exact, seconds = bench.compile("exact", (Hoist(),))
@@ -119,7 +122,8 @@ def bars(network: str) -> Iterator[SimpleNamespace]:
 
 def sweep(bench: Bench, base: Subject, rows: Sequence[Row], progress: Any) -> None:
     """Compile and measure the rows, a group at a time."""
-    shared = union_artifact(bench, [row for row in rows if row.kind == "steps"])
+    fewer = [row for row in rows if row.kind == "steps"]
+    shared = union_artifact(bench, fewer) if fewer else base.model
     for first in range(0, len(rows), GROUP):
         subjects = []
         for row in rows[first : first + GROUP]:
