@@ -17,9 +17,15 @@ from effuse.runtime import Run, Session
 ERRORS_ONLY = 3
 # A matmul with stored int8 weights becomes MatMulNBits, which by default (4) would quantize the
 # activations too; 1 keeps float32 arithmetic, as the graph says.
-# One arena for all sessions: variants run in turns, so each reuses the memory of the last.
-CONFIG = {"session.qdq_matmulnbits_accuracy_level": "1", "session.use_env_allocators": "1"}
-PATIENT = "session.intra_op.allow_spinning"  # a session's idle threads wait without using a core
+#
+# One arena for all sessions: variants run in turns, so each reuses the memory of the last. And no
+# session's threads go on spinning after its run: on two cores a full step behind a cached one took
+# 1.4 times as long.
+CONFIG = {
+    "session.qdq_matmulnbits_accuracy_level": "1",
+    "session.use_env_allocators": "1",
+    "session.force_spinning_stop": "1",
+}
 
 
 def open_session(
@@ -31,13 +37,10 @@ def open_session(
         threads: for one operator; 0 lets onnxruntime choose.
         providers: execution providers in order of preference; the CPU by default.
     """
-    shared_threads = _share() and not threads
+    _share_memory()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = ERRORS_ONLY
-    options.use_per_session_threads = not shared_threads
-    if not shared_threads and len(spec.parts) > 1:
-        options.add_session_config_entry(PATIENT, "0")
     for key, value in CONFIG.items():
         options.add_session_config_entry(key, value)
     chosen = list(providers) or ["CPUExecutionProvider"]
@@ -46,23 +49,13 @@ def open_session(
 
 
 @cache
-def _share() -> bool:
-    """Give the process's sessions one arena and one pool of threads; whether the pool is there.
-
-    With a pool each, the threads of the variant before go on spinning while the next one runs: a
-    full step behind a cached one took 1.4 times as long on two cores.
-    """
+def _share_memory() -> None:
+    """Register the arena that the process's sessions share; once."""
     memory = onnxruntime.OrtMemoryInfo(
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
     )
-    try:
-        onnxruntime.set_global_thread_pool_sizes(0, 1)
-        shared = True
-    except Exception:  # the application has run onnxruntime before, with pools of its own
-        shared = False
-    with contextlib.suppress(Exception):  # the application has registered an arena: that is shared
+    with contextlib.suppress(Exception):  # the application has registered one: that is shared
         onnxruntime.create_and_register_allocator(memory, None)
-    return shared
 
 
 def _run(part: PartSpec, folder: Path, options: Any, providers: list[str]) -> Run:
