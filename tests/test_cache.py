@@ -488,7 +488,9 @@ def test_fitted_forecasts_beat_the_last_value_on_the_calibrations_features():
 
 
 def test_fitted_needs_calibration_over_the_whole_schedule():
-    with pytest.raises(PassError, match="a fitted schedule, forecast or correction needs calibration"):
+    with pytest.raises(
+        PassError, match="a fitted schedule, forecast or correction needs calibration"
+    ):
         cached(schedule="fitted")
     first = next(iter(trajectory(plain("hand"), seed=0)))
     with pytest.raises(CalibrationError, match="calibration never ran step 1 of 6"):
