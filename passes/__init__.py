@@ -10,12 +10,14 @@ from effuse.passes.guidance import Guidance
 from effuse.passes.hoist import Hoist
 from effuse.passes.quantize import Quantize
 from effuse.passes.skip import Skip
+from effuse.passes.split_shortcut import SplitShortcut
 
 ORDER: tuple[type[Pass], ...] = (
     Canonicalize,  # first: later rules see one way to write a thing
     Hoist,  # before anything lossy: tables and prompt values stay exact
     Cache,  # before calibration: bits are measured on the trajectory that the plan runs
     Skip,  # after the cache, whose variants it thins out
+    SplitShortcut,  # before calibration, which then sees each operand of a concatenation apart
     Quantize,  # last of the rewrites: it measures the network as it will really run
     Guidance,  # behind all that changes the outputs, from which it tells what to leave out
 )
@@ -42,4 +44,5 @@ __all__ = [
     "Pass",
     "Quantize",
     "Skip",
+    "SplitShortcut",
 ]
