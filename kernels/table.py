@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from effuse.kernels import dynamic, quantize
+from effuse.kernels import dynamic, low_bit, quantize
+from effuse.kernels.quantizers import find_scale, parse_quantizer
 
 Sample = tuple[Any, ...]
 
@@ -73,6 +74,32 @@ def _conv_samples(g: torch.Generator) -> list[Sample]:
     ]
 
 
+def _unpack_samples(g: torch.Generator) -> list[Sample]:
+    stored = {
+        "int4/group4": [3, 8],
+        "uint3/channel/asymmetric": [4, 5],
+        "e2m1/group6/scale-e4m3": [2, 3, 2, 2],
+        "e3m2/group2/scale-e8m0": [3, 6],
+        "int8/tensor": [2, 3],
+    }
+    return [
+        (*low_bit.pack_weight(_uniform(g, *shape), parse_quantizer(text)), text, shape)
+        for text, shape in stored.items()
+    ]
+
+
+def _fake_quantize_samples(g: torch.Generator) -> list[Sample]:
+    image, rows = _uniform(g, 2, 3, 4, 4), _uniform(g, 2, 5, 8)
+    fixed = "uint8/tensor/asymmetric"
+    return [
+        (image, *find_scale(image, parse_quantizer(fixed)), fixed),
+        (image.to(memory_format=torch.channels_last), None, None, "e4m3/tensor/dynamic"),
+        (rows, None, None, "e4m3/token/dynamic"),
+        (rows, None, None, "int8/group4/dynamic"),
+        (rows, None, None, "e2m1/group4/dynamic/scale-e8m0"),
+    ]
+
+
 TABLE = (
     Op(
         "quantize",
@@ -105,6 +132,22 @@ TABLE = (
         _conv_samples,
         {"reference": "simulated", "onnx": "native"},
         "DynamicQuantizeLinear and ConvInteger",
+    ),
+    Op(
+        "unpack",
+        torch.ops.effuse.unpack.default,
+        low_bit.unpack_reference,
+        _unpack_samples,
+        {"reference": "simulated"},
+        "weights of 2 to 8 bits, stored packed",
+    ),
+    Op(
+        "fake_quantize",
+        torch.ops.effuse.fake_quantize.default,
+        low_bit.fake_quantize_reference,
+        _fake_quantize_samples,
+        {"reference": "simulated"},
+        "activations on any grid",
     ),
 )
 
