@@ -11,10 +11,12 @@ from effuse.passes.hoist import Hoist
 from effuse.passes.quantize import Quantize
 from effuse.passes.skip import Skip
 from effuse.passes.split_shortcut import SplitShortcut
+from effuse.passes.start_token import StartToken
 
 ORDER: tuple[type[Pass], ...] = (
     Canonicalize,  # first: later rules see one way to write a thing
     Hoist,  # before anything lossy: tables and prompt values stay exact
+    StartToken,  # once it is settled where the prompt's layers are, before there are variants
     Cache,  # before calibration: bits are measured on the trajectory that the plan runs
     Skip,  # after the cache, whose variants it thins out
     SplitShortcut,  # before calibration, which then sees each operand of a concatenation apart
@@ -45,4 +47,5 @@ __all__ = [
     "Quantize",
     "Skip",
     "SplitShortcut",
+    "StartToken",
 ]
