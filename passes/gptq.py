@@ -47,7 +47,7 @@ class Hessian:
                 f"x: expected (..., {columns}), came {tuple(x.shape)}; for a convolution, add "
                 "each of unfolded(x, ...)"
             )
-        for rows in x.flatten(0, -2).split(ROWS) if x.numel() else ():
+        for rows in torch.split(x.flatten(0, -2), ROWS) if x.numel() else ():
             rows = rows.to(self.value)
             self._mean(rows.T @ rows * (2 / len(rows)), len(rows))
 
@@ -100,7 +100,7 @@ def unfolded(
     high = (x.shape[2] - reach) // stride[0] + 1
     width = (x.shape[3] - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
     rows = max(1, values // (x.shape[1] * kernel[0] * kernel[1] * width))
-    for image in x.split(1):
+    for image in torch.split(x, 1):
         for top in range(0, high, rows):
             last = min(top + rows, high) - 1
             band = image[:, :, top * stride[0] : last * stride[0] + reach]
@@ -123,10 +123,10 @@ def gptq(
     Args:
         weight: (rows, columns); of a convolution `weight.flatten(1)`.
         hessian: of the layer's inputs, with as many columns.
-        scale: (rows, 1) or (rows, groups), positive.
+        scale: a scalar, (rows, 1) or (rows, groups), positive.
         group: consecutive columns that share a scale; 0: all of them.
         nearest: values in units of the scale (any shape) to the grid's nearest, saturating.
-        zero: the grid's value that stands for 0, shaped as `scale`; None: 0.
+        zero: of an integer grid, the value that stands for 0, shaped as `scale`; None: 0.
         block: columns after which the rest is updated at once.
         damp: share of the mean of H's diagonal that is added to it.
 
@@ -144,12 +144,17 @@ def gptq(
     columns = weight.shape[1]
     rest = weight.float().T[order]
     scales = per_column(scale, columns, group).T[order]
-    zeros = per_column(torch.zeros_like(scale) if zero is None else zero, columns, group).T[order]
+    zeros = None if zero is None else per_column(zero, columns, group).T[order]
     rounded = torch.empty_like(rest)
     for start in range(0, columns, block):
         part = slice(start, start + block)
         errors = _round_block(
-            rest[part], rounded[part], scales[part], zeros[part], factor[part, part], nearest
+            rest[part],
+            rounded[part],
+            scales[part],
+            None if zeros is None else zeros[part],
+            factor[part, part],
+            nearest,
         )
         rest[part.stop :] -= factor[part, part.stop :].T @ errors
     return rounded[order.argsort()].T.contiguous()
@@ -174,26 +179,37 @@ def _check(weight: Tensor, hessian: Hessian, scale: Tensor) -> None:
 
 
 def _round_block(
-    rest: Tensor, rounded: Tensor, scales: Tensor, zeros: Tensor, factor: Tensor, nearest: Nearest
+    rest: Tensor,
+    rounded: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    factor: Tensor,
+    nearest: Nearest,
 ) -> Tensor:
     """Fill `rounded` (columns, rows) from `rest`, which is updated; the errors over U_jj."""
     errors = torch.empty_like(rest)
     for j in range(len(rest)):
-        rounded[j] = (nearest(rest[j] / scales[j] + zeros[j]) - zeros[j]) * scales[j]
+        rounded[j] = _on_grid(rest[j] / scales[j], None if zeros is None else zeros[j], nearest)
+        rounded[j] *= scales[j]
         errors[j] = (rest[j] - rounded[j]) / factor[j, j]
         rest[j + 1 :] -= factor[j, j + 1 :, None] * errors[j]
     return errors
 
 
+def _on_grid(codes: Tensor, zeros: Tensor | None, nearest: Nearest) -> Tensor:
+    if zeros is None:
+        return nearest(codes)
+    return nearest(codes.round() + zeros) - zeros  # so that ties do not depend on the zero point
+
+
 def per_column(scale: Tensor, columns: int, group: int) -> Tensor:
-    """Scales of shape (rows, 1) or (rows, groups) as (rows, columns).
+    """Scales that are a scalar, (rows, 1) or (rows, groups), as (rows or 1, columns).
 
     Raises:
         PassError: the groups do not cover the columns.
     """
-    group = group or columns
-    if scale.shape[1] == 1:
-        group = columns
+    scale = scale if scale.dim() else scale.view(1, 1)
+    group = columns if scale.shape[-1] == 1 else group or columns
     if scale.dim() != 2 or scale.shape[1] != -(-columns // group):
         raise PassError(
             f"scale: expected (rows, 1) or (rows, {-(-columns // group)}) for groups of {group} "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from effuse.errors import CalibrationError, PassError
+from effuse.kernels.grids import nearest as nearest_code
+from effuse.kernels.quantizers import find_scale, parse_quantizer, round_trip
 from effuse.passes.gptq import (
     Hessian,
     gptq,
@@ -69,6 +73,16 @@ def test_inputs_without_correlation_give_round_to_nearest(levels, group):
     hessian = diagonal(torch.ones(40))
     found = gptq(weight, hessian, scale, group, nearest_of(levels), block=16)
     assert torch.equal(found, to_nearest(weight, scale, levels, group))
+
+
+@pytest.mark.parametrize("text", ["int3", "int4/channel", "uint4/channel/asymmetric",
+                                  "uint4/group8/asymmetric", "e2m1/group8/scale-e4m3"])  # fmt: skip
+def test_it_reproduces_round_to_nearest_of_every_format(text):
+    weight, quantizer = random(0, 12, 40) + 0.2, parse_quantizer(text)
+    scale, zero = find_scale(weight, quantizer)
+    grid = partial(nearest_code, grid=quantizer.grid)
+    found = gptq(weight, diagonal(torch.ones(40)), scale, quantizer.group, grid, zero)
+    assert torch.equal(found, round_trip(weight, quantizer, scale, zero))
 
 
 @given(st.integers(0, 1000), st.permutations(range(24)))
