@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from effuse import __version__, artifact
-from effuse.calibrate import calibrate, drive, layer_values
+from effuse.calibrate import calibrate, draw_calls, drive, layer_values, needs_of
 from effuse.capture import capture
 from effuse.config import Config
 from effuse.cost import part_costs, plan_costs, rate_costs
@@ -133,13 +133,16 @@ def rewrite(program: Program, config: Config, feed: Any, show: Phases) -> Progra
 
     def run_calibration(current: Program) -> Calibration:
         with show.phase("calibrate"):
+            options: Any = {"seed": config.seed, "progress": show}
+            draw, count = config.calibration_steps, config.calibration_calls
             return calibrate(
                 current,
                 feed,
                 layer_values,
                 groups=config.step_groups,
-                seed=config.seed,
-                progress=show,
+                needs=needs_of(config.passes),
+                counts=draw_calls(current, feed, draw, count, **options),
+                **options,
             )
 
     def run_sampling(current: Program, watch: Watch) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
 from torch import fx
 
+from effuse.draw import Bottleneck, Counts, normal_counts, uniform_counts
 from effuse.errors import CalibrationError
-from effuse.plan import Rate, Role
+from effuse.plan import Plan, Rate, Role
 from effuse.program import Part, Program
-from effuse.statistics import Calibration, Probes, Statistics
+from effuse.statistics import RANGES_ONLY, Calibration, Needs, Probes, Statistics
 from effuse.watch import Watch
 
 LAYERS = (torch.ops.aten.linear.default, torch.ops.aten.conv2d.default)
@@ -22,35 +27,58 @@ Progress = Callable[[str, int, int], None]
 
 
 class Recorder(Watch):
-    """Keeps ranges of the values that `wanted` picks, and probes of every part."""
+    """Keeps statistics of the values that `wanted` picks, and probes of every part.
 
-    def __init__(self, program: Program, wanted: Callable[[Part, fx.Node], bool], groups: int):
-        self.statistics = Statistics(groups)
+    With `counts` it takes so many calls at each step of the schedule and no others; what runs once
+    a picture is always taken.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        wanted: Callable[[Part, fx.Node], bool],
+        groups: int,
+        needs: Needs = RANGES_ONLY,
+        counts: Counts | None = None,
+    ):
+        self.statistics = Statistics(groups, needs=needs)
         self.calls = 0
         self.probes = {part.name: Probes(PROBES) for part in program.parts}
-        self._names = {
-            (part.name, node.name)
+        self._axes = {
+            (part.name, node.name): channel_axis(node)
             for part in program.parts
             for node in part.graph.nodes
             if wanted(part, node)
         }
         self._times = program.timesteps
+        self._counts = counts
+        self._taken: Counter[int] = Counter()
 
     def begin(self, values: Mapping[str, torch.Tensor], index: int | None) -> None:
-        """Count the call, and find its group of timesteps."""
+        """Count the call, find its group of timesteps, and whether the draw takes it."""
         self._group = self._group_of(index)
+        self._takes = self._counts is None or (
+            index is not None and self._taken[index] < self._counts[index]
+        )
         self.calls += 1
+        if self._takes:
+            self.statistics.calls += 1
+            self._taken[-1 if index is None else index] += 1
 
     def enter(self, part: Part, values: Mapping[str, torch.Tensor]) -> None:
         """Keep the part's inputs now and then."""
-        self.probes[part.name].add({name: values[name] for name in part.inputs})
+        if self._takes or part.rate < Rate.STEP:
+            self.probes[part.name].add({name: values[name] for name in part.inputs})
 
     def observe(self, part: Part, node: fx.Node, value: Any) -> None:
-        """Widen the value's range."""
-        if (part.name, node.name) not in self._names or not torch.is_tensor(value):
+        """Take the value into the statistics."""
+        key = (part.name, node.name)
+        if key not in self._axes or not torch.is_tensor(value):
+            return
+        if not self._takes and part.rate is Rate.STEP:
             return
         try:
-            self.statistics.add((part.name, node.name), self._group, value)
+            self.statistics.add(key, self._group, value, self._axes[key])
         except ValueError:
             raise CalibrationError(
                 f"calibration: {node.name} became NaN or infinite at call {self.calls}; check the "
@@ -60,12 +88,54 @@ class Recorder(Watch):
     def _group_of(self, index: int | None) -> int:
         if index is None or not self._times:
             return self.calls % self.statistics.groups
-        return index * self.statistics.groups // len(self._times)
+        return group_of(index, len(self._times), self.statistics.groups)
 
     def finish(self) -> Calibration:
-        """The calibration."""
+        """The calibration.
+
+        Raises:
+            CalibrationError: the draw took none of the calls.
+        """
+        if self.calls and not self.statistics.calls:
+            raise CalibrationError(
+                f"calibration recorded nothing: none of its {self.calls} calls was at a step that "
+                "the draw takes; hand compile a run that samples over the whole schedule, or set "
+                "calibration_steps='all'"
+            )
         probes = {name: each.chosen() for name, each in self.probes.items()}
         return Calibration(self.statistics, probes, self.calls)
+
+
+def group_of(index: int, steps: int, groups: int) -> int:
+    """The group of timesteps that step `index` of the schedule is in."""
+    return index * groups // steps
+
+
+def planned_groups(program: Program, part: str, groups: int) -> frozenset[int]:
+    """The groups of timesteps in which the plan runs a part.
+
+    What `check_groups` has to find: a group without a step, or with steps of other variants only,
+    needs no parameters of its own.
+    """
+    steps = len(program.timesteps or ())
+    if not steps or program.part(part).rate < Rate.STEP:
+        return frozenset(range(groups))
+    at = [index for index in range(steps) if program.plan.at(index).variant == part]
+    return frozenset(group_of(index, steps, groups) for index in at)
+
+
+def channel_axis(node: fx.Node) -> int:
+    """Where the channels of an activation are: -3 beside convolutions and in images, else -1."""
+    kinds = [each.target for each in (node, *node.users) if each.target in LAYERS]
+    if kinds:
+        return -3 if kinds[0] is torch.ops.aten.conv2d.default else -1
+    value = node.meta.get("val")
+    return -3 if isinstance(value, torch.Tensor) and value.dim() == 4 else -1
+
+
+def needs_of(passes: Iterable[Any]) -> Needs:
+    """What any of the passes asks calibration to keep, by an attribute `needs`."""
+    return reduce(or_, (getattr(each, "needs", RANGES_ONLY) for each in passes), RANGES_ONLY)
 
 
 def calibrate(
@@ -74,17 +144,57 @@ def calibrate(
     wanted: Callable[[Part, fx.Node], bool],
     *,
     groups: int = 10,
+    needs: Needs = RANGES_ONLY,
+    counts: Counts | None = None,
     seed: int = 0,
     progress: Progress = lambda what, done, total: None,
 ) -> Calibration:
     """Run `feed` through the program in `reference`, as its plan says; return what was seen.
 
+    `counts` says how many calls are recorded at each step of the schedule (None: all calls).
+
     Raises:
-        CalibrationError: nothing was run, or a value was not finite.
+        CalibrationError: nothing was run or recorded, or a value was not finite.
     """
-    recorder = Recorder(program, wanted, groups)
+    recorder = Recorder(program, wanted, groups, needs, counts)
     drive(program, feed, recorder, seed=seed, progress=progress)
     return recorder.finish()
+
+
+def draw_calls(
+    program: Program,
+    feed: Feed,
+    draw: str,
+    calls: int | None = None,
+    *,
+    seed: int = 0,
+    progress: Progress = lambda what, done, total: None,
+) -> Counts | None:
+    """How many calls to record at each step of the schedule; None: all of them.
+
+    `calls` in all; None: as many as the schedule has steps. `density` samples once for it, every
+    step by the full variant, so `feed` has to be one that can run again.
+
+    Raises:
+        CalibrationError: there is no schedule to draw from, or `density` saw no step.
+    """
+    if draw == "all":
+        return None
+    steps = len(program.timesteps or ())
+    if not steps:
+        raise CalibrationError(
+            f"calibration_steps: {draw!r} draws steps of the schedule, and none was given; hand "
+            "compile(schedule=…) a scheduler or its timesteps, or set calibration_steps='all'"
+        )
+    calls = steps if calls is None else calls
+    if draw == "uniform":
+        return uniform_counts(steps, calls)
+    if draw == "normal":
+        return normal_counts(steps, calls, seed)
+    full = replace(program, plan=Plan(program.plan.default))
+    watch = Bottleneck(program.part(program.plan.default), program, seed)
+    drive(full, feed, watch, seed=seed, progress=progress)
+    return watch.counts(steps, calls)
 
 
 def drive(

@@ -12,8 +12,16 @@ from effuse.errors import ConfigError, nearest, require
 from effuse.plan import to_json
 
 try:
-    from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
+    from pydantic import (
+        BaseModel,
+        ConfigDict,
+        TypeAdapter,
+        ValidationError,
+        ValidationInfo,
+        field_validator,
+    )
 
+    from effuse.draw import DRAWS
     from effuse.passes import BY_NAME, ORDER, PRESETS, Pass
 except ModuleNotFoundError as missing:
     require(str(missing.name))  # says what installs it
@@ -34,6 +42,11 @@ class Config(BaseModel):
         roles: overrides, input's label -> latent, timestep, prompt or static.
         dynamic: sizes left open with bounds, e.g. {"batch": (1, 8)}.
         step_groups: groups of timesteps that calibration keeps statistics for.
+        calibration_steps: which of its calls calibration records: `all`, `uniform` over the
+            schedule (Q-Diffusion), `normal`, more of the clean end (PTQ4DM), or by `density` and
+            variety of the network's middle feature (EDA-DM), which samples once more.
+        calibration_calls: how many calls a draw records in all, a guided step in two calls being
+            two; None: as many as the schedule has steps.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -45,6 +58,8 @@ class Config(BaseModel):
     roles: dict[str, str] = {}
     dynamic: dict[str, tuple[int, int]] = {}
     step_groups: int = 10
+    calibration_steps: str = "all"
+    calibration_calls: int | None = None
 
     def __init__(self, **values: Any) -> None:
         for name in values:
@@ -99,6 +114,25 @@ class Config(BaseModel):
     def _step_groups(cls, value: int) -> int:
         if value < 1:
             raise ConfigError(f"step_groups: at least 1, got {value}")
+        return value
+
+    @field_validator("calibration_steps")
+    @classmethod
+    def _calibration_steps(cls, value: str) -> str:
+        if value not in DRAWS:
+            raise ConfigError(f"calibration_steps: {value!r} is unknown{nearest(value, DRAWS)}")
+        return value
+
+    @field_validator("calibration_calls")
+    @classmethod
+    def _calibration_calls(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and value < 1:
+            raise ConfigError(f"calibration_calls: at least 1, or None, got {value}")
+        if value is not None and info.data.get("calibration_steps") == "all":
+            raise ConfigError(
+                f"calibration_calls: {value} calls are drawn by calibration_steps='uniform', "
+                "'normal' or 'density'; 'all' records every call"
+            )
         return value
 
     def data(self) -> dict[str, Any]:

@@ -122,8 +122,9 @@ def extremes(tensor: Tensor) -> Range:
 
 def _exponent(low: float, high: float) -> int:
     """The least exponent whose bins hold [low, high]; it never falls as the range widens."""
-    digits = math.frexp(max(abs(low), abs(high)))[1] - DIGITS
-    exponent = max(FINEST, digits, math.frexp(high - low)[1] - BINS.bit_length() + 1)
+    exponent = max(FINEST, math.frexp(max(abs(low), abs(high)))[1] - DIGITS)
+    if high > low:
+        exponent = max(exponent, math.frexp(high - low)[1] - BINS.bit_length() + 1)
     while _bin(high, exponent) - _bin(low, exponent) >= BINS:
         exponent += 1
     return exponent

@@ -15,6 +15,8 @@ from effuse.passes import PRESETS, Canonicalize, Hoist, Quantize
 TOML = """
 backend = "reference"
 seed = 7
+calibration_steps = "normal"
+calibration_calls = 1024
 dynamic = {batch = [1, 8]}
 roles = {"added.mask" = "static"}
 
@@ -57,6 +59,8 @@ def test_a_toml_file(toml):
         ),
         backend="reference",
         seed=7,
+        calibration_steps="normal",
+        calibration_calls=1024,
         dynamic={"batch": (1, 8)},
         roles={"added.mask": "static"},
     )
@@ -97,6 +101,10 @@ MISTAKES = [
     ({"backend": "onx"}, "backend: 'onx' is not in this version; did you mean 'onnx'?"),
     ({"backend": "tensorrt"}, "backend: 'tensorrt' is not in this version"),
     ({"target": "cpu-avx512vni"}, "target: 'cpu-avx512vni' is not in this version; did you mean"),
+    (
+        {"calibration_steps": "normale"},
+        "calibration_steps: 'normale' is unknown; did you mean 'normal'?",
+    ),
     ({"target": "sm_90"}, "target: 'sm_90' is not in this version (known: cpu, cpu-avx2"),
 ]
 
@@ -115,6 +123,14 @@ WRONG = [
     ({"backend": 3}, "config: backend: .*string.*3"),
     ({"roles": ["sample"]}, "config: roles: "),
     ({"step_groups": 0}, "step_groups: at least 1, got 0"),
+    ({"calibration_steps": 4}, "config: calibration_steps: .*string.*4"),
+    ({"calibration_calls": 0}, "calibration_calls: at least 1, or None, got 0"),
+    ({"calibration_calls": "many"}, "config: calibration_calls: .*integer.*'many'"),
+    ({"calibration_calls": 64}, "calibration_calls: 64 calls are drawn by .*'all' records every"),
+    (
+        {"calibration_calls": 0, "calibration_steps": "normal"},
+        "calibration_calls: at least 1, or None, got 0",
+    ),
     ({"dynamic": {"batch": 4}}, r"config: dynamic\.batch: "),
     ({"dynamic": {"batch": (8, 1)}}, r"dynamic: 'batch' needs bounds 1 <= low <= high, got \(8, 1"),
     ({"dynamic": {"batch": (0, 4)}}, r"dynamic: 'batch' needs bounds"),

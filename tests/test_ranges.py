@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from effuse.errors import CalibrationError
@@ -71,6 +71,8 @@ def student(count=50_000, freedom=3.0):
 
 @few
 @given(tensors, tensors, tensors)
+@example(torch.tensor([]), torch.tensor([1000.0]), torch.tensor([999.75]))
+@example(torch.tensor([]), torch.tensor([0.0]), torch.tensor([1e-45]))
 def test_merging_in_any_way_is_one_pass(one, two, three):
     a, b, c = Histogram.of(one), Histogram.of(two), Histogram.of(three)
     whole = data(Histogram.of(torch.cat([one, two, three])))
