@@ -122,9 +122,12 @@ def extremes(tensor: Tensor) -> Range:
 
 def _exponent(low: float, high: float) -> int:
     """The least exponent whose bins hold [low, high]; it never falls as the range widens."""
-    exponent = max(FINEST, math.frexp(max(abs(low), abs(high)))[1] - DIGITS)
-    if high > low:
-        exponent = max(exponent, math.frexp(high - low)[1] - BINS.bit_length() + 1)
+    greatest, spread = max(abs(low), abs(high)), high - low
+    exponent = FINEST
+    if greatest:  # frexp says that zero's exponent is 0
+        exponent = max(exponent, math.frexp(greatest)[1] - DIGITS)
+    if spread:
+        exponent = max(exponent, math.frexp(spread)[1] - BINS.bit_length() + 1)
     while _bin(high, exponent) - _bin(low, exponent) >= BINS:
         exponent += 1
     return exponent

@@ -101,6 +101,18 @@ def test_bins_are_as_narrow_as_the_values_allow(shift):
     assert found.counts.shape == (BINS,)
 
 
+@few
+@given(st.lists(values, min_size=3, max_size=3).map(sorted))
+@example([0.0, 0.0, 1e-45])
+@example([-1e-45, 0.0, 2048.0])
+@example([999.75, 1000.0, 1000.0])
+def test_bins_never_narrow_as_the_range_widens(found):
+    low, middle, high = found
+    wide = Histogram.of(torch.tensor([low, high])).width
+    for inner in ([middle], [low, middle], [middle, high]):
+        assert Histogram.of(torch.tensor(inner)).width <= wide
+
+
 def test_half_precision_empty_and_constant():
     assert data(Histogram.of(torch.empty(0, 3))) == data(Histogram.empty())
     half = torch.tensor([[1.5, -2.0]], dtype=torch.bfloat16)
