@@ -209,12 +209,9 @@ def join_scale(stored: Tensor, over: Tensor | None, quantizer: Quantizer) -> Ten
 
 
 def _over(scale: Tensor) -> Tensor:
-    """The scale over e4m3 scales: max / 448, rounded up to 20 bits.
-
-    So its products with e4m3 values (4 bits) are exact in float32, and give it back exactly.
-    """
-    bits = (scale.amax() / E4M3.high).view(torch.int32)
-    return (bits + 15 & ~15).view(torch.float32).clamp(min=LEAST_OVER)
+    """The scale over e4m3 scales, which is found again from the scales that it gives."""
+    # with 448 = 7·64, x / 448 · 448 / 448 is x / 448 in float32 for every x
+    return (scale.amax() / E4M3.high).clamp(min=LEAST_OVER)
 
 
 def _exponent_below(x: Tensor) -> Tensor:
