@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cpu_job import Job, Row, write_inputs
 from cpu_networks import NETWORKS, TAEF2, Data, Network, Plain
-from cpu_peers import BASELINE, OURS, Job, Row, all_rows, write_inputs
+from cpu_peers import BASELINE, OURS, all_rows
 from cpu_run import Runner
 from cpu_show import COLUMNS, cells, figures, markdown, remarks, typical
 from rich.console import Console

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cpu_peers import Job, Loaded, Row, all_rows, first_line
+from cpu_job import Job, Loaded, Row, first_line
+from cpu_peers import all_rows
 
 STATUS = Path("/proc/self/status")
 LEAST = 2  # calls of a round, however slow

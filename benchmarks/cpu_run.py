@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cpu_peers import Job, Row
+from cpu_job import Job, Row
 
 from effuse.metrics import sqnr_db
 

@@ -66,10 +66,10 @@ def test_cells_say_what_failed_and_what_is_equal(module):
 
 
 def test_inputs_survive_their_file(module, tmp_path):
-    peers = module("cpu_peers")
+    job = module("cpu_job")
     inputs = [{"sample": np.full((2, 3), n), "timestep": np.array(n)} for n in range(12)]
-    peers.write_inputs(tmp_path / "inputs.npz", inputs)
-    for given, read in zip(inputs, peers.read_inputs(tmp_path / "inputs.npz"), strict=True):
+    job.write_inputs(tmp_path / "inputs.npz", inputs)
+    for given, read in zip(inputs, job.read_inputs(tmp_path / "inputs.npz"), strict=True):
         assert list(given) == list(read)
         assert all(np.array_equal(given[name], read[name]) for name in given)
 
