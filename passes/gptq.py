@@ -138,7 +138,7 @@ def gptq(
         PassError: the scales do not fit, or no damping makes H positive definite.
     """
     _check(weight, hessian, scale)
-    value = hessian.value
+    value = hessian.value.to(weight.device)
     order = value.diagonal().argsort(descending=True, stable=True)
     factor = inverse_factor(value[order][:, order], damp).float()
     columns = weight.shape[1]

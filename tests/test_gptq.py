@@ -158,6 +158,12 @@ def test_the_factor_is_that_of_the_damped_inverse():
     assert torch.allclose(factor.T @ factor, damped.inverse(), rtol=1e-8)
 
 
+def test_the_output_error_is_twice_the_mean_square():
+    x, error = correlated(0, 12), random(1, 5, 12)
+    expected = 2 * (x.double() @ error.double().T).square().mean(0)
+    assert torch.allclose(output_error(error, hessian_of(x)), expected, rtol=1e-5)
+
+
 def test_damping_is_raised_until_it_suffices():
     broken = torch.tensor([[1.0, 1.5], [1.5, 1.0]])  # eigenvalues 2.5 and -0.5
     factor = inverse_factor(broken, 0.01)  # 0.01 and 0.1 of the mean diagonal do not suffice
