@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from effuse import __version__, artifact
-from effuse.calibrate import calibrate, draw_calls, drive, layer_values, needs_of
+from effuse.calibrate import Progress, calibrate, draw_calls, drive, layer_values, needs_of
 from effuse.capture import capture
 from effuse.config import Config
 from effuse.cost import part_costs, plan_costs, rate_costs
@@ -128,22 +128,32 @@ def as_given(times: torch.Tensor, inputs: Mapping[str, Any], config: Config) -> 
     return tuple(dict.fromkeys(float(time) for time in rounded))
 
 
+def calibrate_for(
+    config: Config,
+    program: Program,
+    feed: Any,
+    progress: Progress = lambda what, done, total: None,
+) -> Calibration:
+    """Calibrate as the configuration says, keeping what its passes need."""
+    options: Any = {"seed": config.seed, "progress": progress}
+    draw, count = config.calibration_steps, config.calibration_calls
+    return calibrate(
+        program,
+        feed,
+        layer_values,
+        groups=config.step_groups,
+        needs=needs_of(config.passes),
+        counts=draw_calls(program, feed, draw, count, **options),
+        **options,
+    )
+
+
 def rewrite(program: Program, config: Config, feed: Any, show: Phases) -> Program:
     """Run the passes of the configuration, calibrating when the first of them asks for it."""
 
     def run_calibration(current: Program) -> Calibration:
         with show.phase("calibrate"):
-            options: Any = {"seed": config.seed, "progress": show}
-            draw, count = config.calibration_steps, config.calibration_calls
-            return calibrate(
-                current,
-                feed,
-                layer_values,
-                groups=config.step_groups,
-                needs=needs_of(config.passes),
-                counts=draw_calls(current, feed, draw, count, **options),
-                **options,
-            )
+            return calibrate_for(config, current, feed, show)
 
     def run_sampling(current: Program, watch: Watch) -> None:
         with show.phase("calibrate"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import reduce
 from operator import or_
@@ -176,7 +176,8 @@ def draw_calls(
     step by the full variant, so `feed` has to be one that can run again.
 
     Raises:
-        CalibrationError: there is no schedule to draw from, or `density` saw no step.
+        CalibrationError: there is no schedule to draw from, or `density` saw no step of it or
+            cannot run `feed` again.
     """
     if draw == "all":
         return None
@@ -191,6 +192,11 @@ def draw_calls(
         return uniform_counts(steps, calls)
     if draw == "normal":
         return normal_counts(steps, calls, seed)
+    if isinstance(feed, Iterator):
+        raise CalibrationError(
+            "calibration_steps: 'density' samples twice, and the calibration is an iterator that "
+            "runs once; hand compile a list of inputs, or a run(model)"
+        )
     full = replace(program, plan=Plan(program.plan.default))
     watch = Bottleneck(program.part(program.plan.default), program, seed)
     drive(full, feed, watch, seed=seed, progress=progress)

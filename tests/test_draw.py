@@ -291,6 +291,13 @@ def test_density_watches_the_steps_that_are_run(flat):
         Bottleneck(flat.part("full"), flat).counts(6, 3)
 
 
+def test_density_runs_the_calibration_again(flat):
+    inputs = [call(int(time)) for time in TIMES]
+    assert sum(draw_calls(flat, inputs, "density", 12)) == 12
+    with pytest.raises(CalibrationError, match=r"'density' samples twice, and .* runs once"):
+        draw_calls(flat, iter(inputs), "density", 12)
+
+
 def test_density_sees_the_bottleneck_of_every_step(flat):
     watch = Bottleneck(flat.part("full"), flat)
     features = [noise(2, 3, 8, 8, seed=index) for index in range(6)]
