@@ -27,7 +27,8 @@ class Rounding:
         low, high: the neighbours of each value, real, float32; both on the grid.
 
     Args:
-        weight: (rows, ...), seen as (rows, columns).
+        weight: (rows, ...), seen as (rows, columns); or what `gptq.compensated` made of it, to
+            start from GPTQ's rounding instead of the nearest.
         scale: a scalar, (rows, 1) or (rows, groups), positive.
         levels: the grid's values in units of the scale, sorted.
         group: consecutive columns that share a scale; 0: all of them.
@@ -46,7 +47,11 @@ class Rounding:
         zeros = 0.0 if zero is None else per_column(zero, flat.shape[1], group)
         levels = levels.to(flat)
         codes = (flat / scales + zeros).clamp(levels[0], levels[-1])
-        below = torch.searchsorted(levels, codes, right=True).sub(1).clamp(max=len(levels) - 2)
+        below = (
+            torch.searchsorted(levels, codes.contiguous(), right=True)
+            .sub(1)
+            .clamp(max=len(levels) - 2)
+        )
         low, high = levels[below], levels[below + 1]
         share = (codes - low) / (high - low)
         self.span = (high - low).view(weight.shape)

@@ -137,6 +137,27 @@ def gptq(
         CalibrationError: the Hessian is empty or of other columns.
         PassError: the scales do not fit, or no damping makes H positive definite.
     """
+    settled = compensated(weight, hessian, scale, group, nearest, zero, block, damp)
+    scales = per_column(scale, weight.shape[1], group)
+    zeros = None if zero is None else per_column(zero, weight.shape[1], group)
+    return _round(settled, scales, zeros, nearest)
+
+
+def compensated(
+    weight: Tensor,
+    hessian: Hessian,
+    scale: Tensor,
+    group: int,
+    nearest: Nearest,
+    zero: Tensor | None = None,
+    block: int = 128,
+    damp: float = 0.01,
+) -> Tensor:
+    """The real weight (rows, columns) whose nearest values on the grid are those of `gptq`.
+
+    Each column is as it was when its turn came. It is where learning a rounding may go on from.
+    Arguments and errors are those of `gptq`.
+    """
     _check(weight, hessian, scale)
     value = hessian.value.to(weight.device)
     order = value.diagonal().argsort(descending=True, stable=True)
@@ -145,19 +166,12 @@ def gptq(
     rest = weight.float().T[order]
     scales = per_column(scale, columns, group).T[order]
     zeros = None if zero is None else per_column(zero, columns, group).T[order]
-    rounded = torch.empty_like(rest)
     for start in range(0, columns, block):
         part = slice(start, start + block)
-        errors = _round_block(
-            rest[part],
-            rounded[part],
-            scales[part],
-            None if zeros is None else zeros[part],
-            factor[part, part],
-            nearest,
-        )
+        offsets = None if zeros is None else zeros[part]
+        errors = _compensate(rest[part], scales[part], offsets, factor[part, part], nearest)
         rest[part.stop :] -= factor[part, part.stop :].T @ errors
-    return rounded[order.argsort()].T.contiguous()
+    return rest[order.argsort()].T.contiguous()
 
 
 def _check(weight: Tensor, hessian: Hessian, scale: Tensor) -> None:
@@ -178,28 +192,23 @@ def _check(weight: Tensor, hessian: Hessian, scale: Tensor) -> None:
         )
 
 
-def _round_block(
-    rest: Tensor,
-    rounded: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    factor: Tensor,
-    nearest: Nearest,
+def _compensate(
+    rest: Tensor, scales: Tensor, zeros: Tensor | None, factor: Tensor, nearest: Nearest
 ) -> Tensor:
-    """Fill `rounded` (columns, rows) from `rest`, which is updated; the errors over U_jj."""
+    """Update a block of columns (columns, rows) for those before; the errors over U_jj."""
     errors = torch.empty_like(rest)
     for j in range(len(rest)):
-        rounded[j] = _on_grid(rest[j] / scales[j], None if zeros is None else zeros[j], nearest)
-        rounded[j] *= scales[j]
-        errors[j] = (rest[j] - rounded[j]) / factor[j, j]
+        rounded = _round(rest[j], scales[j], None if zeros is None else zeros[j], nearest)
+        errors[j] = (rest[j] - rounded) / factor[j, j]
         rest[j + 1 :] -= factor[j, j + 1 :, None] * errors[j]
     return errors
 
 
-def _on_grid(codes: Tensor, zeros: Tensor | None, nearest: Nearest) -> Tensor:
+def _round(values: Tensor, scales: Tensor, zeros: Tensor | None, nearest: Nearest) -> Tensor:
+    codes = values / scales
     if zeros is None:
-        return nearest(codes)
-    return nearest(codes.round() + zeros) - zeros  # so that ties do not depend on the zero point
+        return nearest(codes) * scales
+    return (nearest(codes.round() + zeros) - zeros) * scales  # ties do not depend on zeros
 
 
 def per_column(scale: Tensor, columns: int, group: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,8 +11,9 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from effuse.errors import CalibrationError, PassError
+from effuse.kernels.grids import nearest, parse_grid
 from effuse.passes.adaround import Rounding
-from effuse.passes.gptq import per_column
+from effuse.passes.gptq import Hessian, compensated, per_column
 from effuse.passes.reconstruct import (
     Recipe,
     hard_weights,
@@ -293,3 +296,21 @@ def test_examples_that_do_not_fit_are_refused():
         reconstruct(unit, inputs, targets, roundings, float_inputs=[])
     with pytest.raises(CalibrationError, match="loss of nan"):
         reconstruct(unit, [{"x": torch.full((1,), torch.nan)}], targets, roundings)
+
+
+def test_learning_goes_on_from_gptq_and_never_loses_by_it():
+    unit, weights, example = linear_unit()
+    inputs = [example(seed) for seed in range(10, 22)]
+    targets = [unit(each, weights) for each in inputs]
+    hessian = Hessian(16)
+    for each in inputs:
+        hessian.add(each["x"])
+    grid = partial(nearest, grid=parse_grid("int4"))
+    scale = {name: each.abs().amax(1, keepdim=True) / 7 for name, each in weights.items()}
+    settled = compensated(weights["up"], hessian, scale["up"], 0, grid)
+    starts = {"up": settled, "down": weights["down"]}
+    roundings = {name: Rounding(each, scale[name], INT4) for name, each in starts.items()}
+    found = reconstruct(unit, inputs, targets, roundings, Recipe(iterations=400))
+    rounded = {name: grid(each / scale[name]) * scale[name] for name, each in starts.items()}
+    assert found.before == pytest.approx(mean_loss(unit, inputs, targets, rounded))
+    assert found.after < 0.7 * found.before

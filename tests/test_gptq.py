@@ -13,8 +13,10 @@ from torch.nn import functional
 from effuse.errors import CalibrationError, PassError
 from effuse.kernels.grids import nearest as nearest_code
 from effuse.kernels.quantizers import find_scale, parse_quantizer, round_trip
+from effuse.passes.adaround import Rounding
 from effuse.passes.gptq import (
     Hessian,
+    compensated,
     gptq,
     inverse_factor,
     output_error,
@@ -125,6 +127,18 @@ def test_zero_points_shift_the_grid():
     assert torch.allclose(codes, codes.round().clamp(0, 15), atol=1e-5)
     plain = (nearest_of(UINT4)(weight / scale + zero) - zero) * scale
     assert output_error(weight - found, hessian).sum() < output_error(weight - plain, hessian).sum()
+
+
+def test_the_compensated_weight_rounds_to_the_result():
+    weight, x = random(1, 8, 48), correlated(1, 48)
+    hessian, scale = hessian_of(x), scales(weight, INT4)
+    found = gptq(weight, hessian, scale, 0, nearest_of(INT4))
+    settled = compensated(weight, hessian, scale, 0, nearest_of(INT4))
+    assert torch.equal(to_nearest(settled, scale, INT4), found)
+    assert torch.equal(Rounding(settled, scale, INT4).hard(), found)
+    first = hessian.value.diagonal().argmax()
+    assert torch.equal(settled[:, first], weight[:, first])  # nothing was before it
+    assert not torch.equal(settled, weight)
 
 
 @pytest.mark.parametrize("block", [1, 5, 16])
