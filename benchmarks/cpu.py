@@ -176,6 +176,7 @@ def run(name: str, rows: Sequence[Row], arguments: Any, console: Console) -> boo
         runners = [
             Runner(row, make_job(row, name, folder, data, arguments), arguments.timeout)
             for row in rows
+            if network.transformer or not row.transformers
         ]
         try:
             measure(runners, expected, arguments, console, name)
@@ -212,7 +213,7 @@ def make_job(row: Row, name: str, shared: Path, data: Data, arguments: Any) -> J
     return Job(
         row=row.name, network=name, threads=arguments.threads, shared=str(shared),
         folder=str(folder), timesteps=data.timesteps,
-        transformer=NETWORKS[name].transformer, config=row.config,
+        config=row.config,
     )  # fmt: skip
 
 

@@ -23,7 +23,6 @@ class Job:
     shared: str  # folder of the inputs
     folder: str  # of this row's files
     timesteps: tuple[int, ...] | None
-    transformer: bool
     config: str = ""  # of effuse
 
     def place(self, name: str) -> Path:
@@ -64,6 +63,7 @@ class Row:
     imports: tuple[str, ...] = ()  # of `build`, imported before its clock starts
     runtime: tuple[str, ...] = ()  # of `load`, likewise
     config: str = ""
+    transformers: bool = False  # for these networks alone
 
 
 def read_inputs(path: Path) -> list[dict[str, np.ndarray]]:

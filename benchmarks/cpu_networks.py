@@ -41,7 +41,7 @@ class Network:
     summary: str
     make: Callable[[], nn.Module]
     data: Callable[[nn.Module], Data]
-    transformer: bool = False  # NNCF is told
+    transformer: bool = False
     notes: tuple[str, ...] = ()
 
 

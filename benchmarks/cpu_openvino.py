@@ -22,18 +22,18 @@ def build_openvino(job: Job, plain: Any, half: bool = True) -> str:
     return ""
 
 
-def build_nncf(job: Job, plain: Any) -> str:
-    """nncf.quantize with its defaults, told if the network is a transformer."""
+def build_nncf(job: Job, plain: Any, transformer: bool = False) -> str:
+    """nncf.quantize with its defaults, or told that the network is a transformer."""
     import nncf
 
     calibration = job.calibration
-    kind = nncf.ModelType.TRANSFORMER if job.transformer else None
+    kind = nncf.ModelType.TRANSFORMER if transformer else None
     found = nncf.quantize(
         to_openvino(job, plain), nncf.Dataset(calibration),
         subset_size=len(calibration), model_type=kind,
     )  # fmt: skip
     save_openvino(job, found, True)
-    return "model_type=TRANSFORMER" if job.transformer else ""
+    return "model_type=TRANSFORMER" if transformer else ""
 
 
 def save_openvino(job: Job, model: Any, half: bool) -> None:

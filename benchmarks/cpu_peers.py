@@ -52,6 +52,8 @@ def load_effuse(job: Job, _: Any) -> Loaded:
 
 ORT, OV = ("onnxruntime",), ("openvino",)
 SINGLE = functools.partial(build_openvino, half=False)
+TOLD = functools.partial(build_nncf, transformer=True)
+NNCF = ("nncf", "openvino")
 AS_SINGLE = functools.partial(load_openvino, precision="f32")
 PEERS = (
     Row("eager fp32", eager),
@@ -60,7 +62,8 @@ PEERS = (
     Row("ORT quantize_static", load_ort, build_ort_static, ("onnxruntime.quantization",), ORT),
     Row("OpenVINO f32", AS_SINGLE, SINGLE, OV, OV),
     Row("OpenVINO bf16", load_openvino, build_openvino, OV, OV),
-    Row("OpenVINO + NNCF int8", load_openvino, build_nncf, ("nncf", "openvino"), OV),
+    Row("OpenVINO + NNCF int8", load_openvino, build_nncf, NNCF, OV),
+    Row("OpenVINO + NNCF int8, transformer", load_openvino, TOLD, NNCF, OV, transformers=True),
     Row("torchao static int8", ao_static, runtime=("torchao",)),
     Row("torchao dynamic int8", ao_dynamic, runtime=("torchao",)),
 )

@@ -10,7 +10,11 @@ from cpu_peers import BASELINE, OURS
 
 Result = Mapping[str, Any]
 SQNR_CEILING = 200.0
-RIVALS = ("ORT quantize_static", "OpenVINO + NNCF int8")  # what ours are compared with, pairwise
+RIVALS = (
+    "ORT quantize_static",
+    "OpenVINO + NNCF int8",
+    "OpenVINO + NNCF int8, transformer",
+)  # what ours are compared with, pairwise
 COLUMNS = (
     "configuration", f"× {BASELINE}", "SQNR, dB", "ms", "size, MB",
     "peak RSS, MB", "RSS of the build, MB", "build, s", "",
