@@ -36,8 +36,9 @@ def run_passes(
     """Run `passes` one after another, each one verified.
 
     `fuel` stops rewriting after so many rewrites; `dump_to` gets the text of the graphs after each
-    pass. `calibrate` is called once, by the first pass that needs statistics; `drive` samples with
-    a program under the eyes of a pass.
+    pass. `calibrate` is called by the first pass that needs statistics, and again by a later one
+    if any pass has rewritten something since; `drive` samples with a program under the eyes of a
+    pass.
 
     Raises:
         PassError: a pass does not apply to this program.
@@ -47,10 +48,12 @@ def run_passes(
     verify(program)
     _dump(program, dump_to, 0, "capture")
     calibration: Calibration | None = None
+    seen = 0  # records of the program that was calibrated
     for number, each in enumerate(passes, start=1):
         progress(each.name, number - 1, len(passes))
-        if each.calibrates and calibration is None and calibrate is not None:
-            calibration = calibrate(program)
+        stale = calibration is None or any(new.rewrites for new in program.records[seen:])
+        if each.calibrates and calibrate is not None and stale:
+            calibration, seen = calibrate(program), len(program.records)
         log = Log(fuel)
         program = run_pass(program, each, Work(log, calibration, drive, progress), done)
         fuel = log.fuel

@@ -10,6 +10,7 @@ from effuse.passes.guidance import Guidance
 from effuse.passes.hoist import Hoist
 from effuse.passes.quantize import Quantize
 from effuse.passes.skip import Skip
+from effuse.passes.smooth import Smooth
 from effuse.passes.split_shortcut import SplitShortcut
 from effuse.passes.start_token import StartToken
 
@@ -20,6 +21,7 @@ ORDER: tuple[type[Pass], ...] = (
     Cache,  # before calibration: bits are measured on the trajectory that the plan runs
     Skip,  # after the cache, whose variants it thins out
     SplitShortcut,  # before calibration, which then sees each operand of a concatenation apart
+    Smooth,  # once it is settled which layers there are; its scales are for the rounding to come
     Quantize,  # last of the rewrites: it measures the network as it will really run
     Guidance,  # behind all that changes the outputs, from which it tells what to leave out
 )
@@ -46,6 +48,7 @@ __all__ = [
     "Pass",
     "Quantize",
     "Skip",
+    "Smooth",
     "SplitShortcut",
     "StartToken",
 ]

@@ -445,6 +445,37 @@ def test_calibration_runs_once_and_only_when_asked_for(program):
     assert ran == [["canonicalize"]]
 
 
+def test_calibration_runs_again_only_where_the_program_was_rewritten_since(program):
+    ran, handed = [], []
+
+    def calibration(current):
+        ran.append([record.name for record in current.records])
+        return Calibration(Statistics(), {}, len(ran))
+
+    @dataclass(frozen=True)
+    class Asks(Pass):
+        name: ClassVar[str] = "asks"
+        calibrates: ClassVar[bool] = True
+        rewrites: int = 0
+
+        def run(self, program, work):
+            handed.append(work.calibration.calls)
+            for _ in range(self.rewrites):
+                work.log.spend("something")
+            return program
+
+    def calibrated(*passes):
+        ran.clear()
+        handed.clear()
+        run_passes(program, passes, calibration)
+        return [len(done) for done in ran], list(handed)
+
+    assert calibrated(Asks(rewrites=1), Asks(), Asks()) == ([0, 1], [1, 2, 2])
+    assert calibrated(Asks(), Neutral(), Asks()) == ([0, 2], [1, 2])
+    assert calibrated(Neutral(), Asks(), Asks(rewrites=2)) == ([1], [1, 1])
+    assert calibrated(Asks(rewrites=1), Neutral()) == ([0], [1])
+
+
 def test_progress_counts_the_passes(program):
     said = []
     run_passes(program, (Canonicalize(), Hoist()), progress=lambda *what: said.append(what))
