@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from effuse.backends.onnx_integer import NATIVE, unsupported
 from effuse.backends.onnx_ops import TRANSLATIONS, prepare
 from effuse.errors import BackendError, require
 from effuse.graph import clone, evaluate, inputs, value_of
@@ -80,6 +81,12 @@ def export_part(part: Part, weights: Mapping[str, torch.Tensor]) -> Any:
     graph, _ = clone(part.graph)
     own = dict(weights)
     prepare(graph, own)
+    if missing := unsupported(graph):
+        raise BackendError(
+            f"onnx: ONNX Runtime computes nothing with {missing} (in the part {part.name!r}); the "
+            f"nearest formats that it has are {', '.join(NATIVE)}; or study this one with "
+            "backend='reference'"
+        )
     lowered = Part(part.name, part.depends, graph, part.outputs)
     places = inputs(graph)
     module = PartModule(lowered, own).eval()

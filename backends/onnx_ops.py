@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,12 +10,16 @@ from onnxscript import opset21 as op
 from onnxscript.ir import DataType
 from torch import fx
 
+from effuse.backends.onnx_attention import fuse_attention
+from effuse.backends.onnx_integer import bind_integer_layers, bind_nbits
+from effuse.backends.onnx_runtime_ops import MATMUL_NBITS, MULTI_HEAD_ATTENTION
 from effuse.graph import calls, eliminate, emit, emit_weight, substitute, value_of
 from effuse.kernels import dynamic as dynamic  # registers the ops
+from effuse.kernels.quantizers import parse_quantizer
 
 aten, ops = torch.ops.aten, torch.ops.effuse
 
-FLOAT = int(DataType.FLOAT)
+FLOAT, INT8, INT32 = int(DataType.FLOAT), int(DataType.INT8), int(DataType.INT32)
 
 
 def quantize(x: Any, scale: Any, zero_point: Any, axis: int) -> Any:
@@ -61,6 +66,75 @@ def conv2d_dynamic(
     return y if bias is None else op.Add(y, op.Unsqueeze(bias, axes))
 
 
+def conv2d_integer(
+    q: Any,
+    scale: Any,
+    zero: Any,
+    weight: Any,
+    weight_scale: Any,
+    bias: Any,
+    out_scale: Any,
+    out_zero: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+) -> Any:
+    """effuse::conv2d_integer."""
+    zeros = op.CastLike(op.Sub(weight_scale, weight_scale), weight)  # one for each channel
+    return op.QLinearConv(
+        q,
+        scale,
+        zero,
+        weight,
+        weight_scale,
+        zeros,
+        out_scale,
+        out_zero,
+        bias,
+        strides=list(stride),
+        pads=[*padding, *padding],
+        dilations=list(dilation),
+        group=groups,
+    )
+
+
+def linear_integer(
+    q: Any, scale: Any, zero: Any, weight: Any, weight_scale: Any, bias: Any = None
+) -> Any:
+    """effuse::linear_integer."""
+    sums = op.Cast(op.MatMulInteger(q, op.Transpose(weight, perm=[1, 0]), zero), to=FLOAT)
+    y = op.Mul(sums, op.Mul(scale, weight_scale))
+    return y if bias is None else op.Add(y, bias)
+
+
+def widen(packed: Any, bits: int, shape: Any) -> Any:
+    """effuse::widen at 4 bits; made of constants, and so done when a session starts."""
+    low = op.BitwiseAnd(packed, op.CastLike(op.Constant(value_int=15), packed))
+    high = op.BitShift(packed, op.CastLike(op.Constant(value_int=4), packed), direction="RIGHT")
+    last = op.Constant(value_ints=[-1])
+    pairs = op.Concat(op.Unsqueeze(low, last), op.Unsqueeze(high, last), axis=-1)
+    rows = op.Reshape(pairs, op.Constant(value_ints=[shape[0], -1]))
+    columns = op.Constant(value_ints=[math.prod(shape[1:])])
+    rows = op.Slice(rows, op.Constant(value_ints=[0]), columns, op.Constant(value_ints=[1]))
+    flipped = op.BitwiseXor(rows, op.CastLike(op.Constant(value_int=8), rows))
+    centred = op.Sub(op.Cast(flipped, to=INT32), op.Cast(op.Constant(value_int=8), to=INT32))
+    return op.Reshape(op.Cast(centred, to=INT8), op.Constant(value_ints=list(shape)))
+
+
+def linear_nbits(
+    x: Any, packed: Any, scale: Any, bias: Any, weight: str, activation: str, rows: int
+) -> Any:
+    """effuse::linear_nbits."""
+    group = parse_quantizer(weight).group
+    columns = x.shape[-1]
+    blocks = op.Reshape(packed, op.Constant(value_ints=[rows, columns // group, group // 2]))
+    return MATMUL_NBITS(
+        x, blocks, op.Reshape(scale, op.Constant(value_ints=[-1])), None, None, bias,
+        K=columns, N=rows, bits=4, block_size=group, accuracy_level=4 if activation else 1,
+    )  # fmt: skip
+
+
 def group_norm(
     x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, _: bool = True
 ) -> Any:
@@ -82,10 +156,22 @@ def group_norm(
     return y if bias is None else op.Add(y, op.Unsqueeze(bias, axes))
 
 
+def attention(q: Any, k: Any, v: Any, bias: Any, heads: int, scale: float, causal: bool) -> Any:
+    """effuse::attention."""
+    return MULTI_HEAD_ATTENTION(
+        q, k, v, None, None, bias, num_heads=heads, scale=scale, unidirectional=int(causal)
+    )
+
+
 TRANSLATIONS: dict[Any, Any] = {
     aten.group_norm.default: group_norm,
+    ops.attention.default: attention,
     ops.quantize.default: quantize,
     ops.dequantize.default: dequantize,
+    ops.conv2d_integer.default: conv2d_integer,
+    ops.linear_integer.default: linear_integer,
+    ops.linear_nbits.default: linear_nbits,
+    ops.widen.default: widen,
     ops.linear_dynamic.default: linear_dynamic,
     ops.conv2d_dynamic.default: conv2d_dynamic,
 }
@@ -94,6 +180,9 @@ TRANSLATIONS: dict[Any, Any] = {
 def prepare(graph: fx.Graph, weights: dict[str, torch.Tensor]) -> None:
     """Rewrite a copy of a part for ONNX Runtime; exact."""
     idle_squeezes(graph)
+    fuse_attention(graph)
+    bind_integer_layers(graph)
+    bind_nbits(graph, weights)
     transpose_quantized(graph, weights)
     eliminate(graph)
 

@@ -1,7 +1,9 @@
 """Tensors of a few bits in graphs: stored weights made float, and activations rounded to a grid.
 
     unpack:         w = (decode(codes) - z) · s      codes packed, scales as they are stored
+    widen:          q                                as int8, for integer arithmetic
     fake_quantize:  x̂ = (q - z) · s                  q = clamp(round(x / s) + z) or nearest(x / s)
+    linear_nbits:   y = Σ_k x̂_k · w_ck + b_c         w unpacked, x̂ = x or fake_quantize(x)
 
 Quantizers are handed over as their text (kernels/quantizers.py). Arithmetic is float32.
 """
@@ -13,8 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from effuse.cost import FORMULAS, matmul_flops
 from effuse.errors import ConfigError
 from effuse.kernels import packing
+from effuse.kernels.grids import Grid, decode
 from effuse.kernels.quantizers import (
     Quantizer,
     find_scale,
@@ -25,6 +29,8 @@ from effuse.kernels.quantizers import (
     split_scale,
     to_codes,
 )
+
+OFFSET = 0x88  # turns two codes from two's complement into offset binary, and back
 
 
 class Packed(NamedTuple):
@@ -76,6 +82,32 @@ def unpack_reference(
     return from_codes(codes, join_scale(scale, over, how), zero, how).reshape(shape)
 
 
+def widen_reference(packed: Tensor, bits: int, shape: list[int]) -> Tensor:
+    """The codes of a signed integer grid of `bits` bits, as int8 of `shape`."""
+    columns = torch.Size(shape[1:]).numel()
+    codes = packing.unpack(packed, bits, columns)
+    return decode(codes, Grid("int", bits)).to(torch.int8).reshape(shape)
+
+
+def linear_nbits_reference(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    weight: str,
+    activation: str,
+    rows: int,
+) -> Tensor:
+    """x (…, in), a packed weight (rows, bytes) of quantizer `weight` -> (…, rows) in x's dtype.
+
+    Codes of 4 bits are stored with 8 for 0; `activation` is the quantizer of x, or empty.
+    """
+    given = fake_quantize_reference(x, None, None, activation) if activation else x
+    real = unpack_reference(packed ^ OFFSET, scale, None, None, weight, [rows, x.shape[-1]])
+    y = torch.nn.functional.linear(given.float(), real, None if bias is None else bias.float())
+    return y.to(x.dtype)
+
+
 def fake_quantize_reference(
     x: Tensor, scale: Tensor | None, zero: Tensor | None, quantizer: str
 ) -> Tensor:
@@ -124,3 +156,44 @@ def fake_quantize(x: Tensor, scale: Tensor | None, zero: Tensor | None, quantize
 @fake_quantize.register_fake
 def _(x: Tensor, scale: Tensor | None, zero: Tensor | None, quantizer: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("effuse::widen", mutates_args=())
+def widen(packed: Tensor, bits: int, shape: list[int]) -> Tensor:
+    """`widen_reference` as a graph op."""
+    return widen_reference(packed, bits, shape)
+
+
+@widen.register_fake
+def _(packed: Tensor, bits: int, shape: list[int]) -> Tensor:
+    return packed.new_empty(shape, dtype=torch.int8)
+
+
+@torch.library.custom_op("effuse::linear_nbits", mutates_args=())
+def linear_nbits(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    weight: str,
+    activation: str,
+    rows: int,
+) -> Tensor:
+    """`linear_nbits_reference` as a graph op."""
+    return linear_nbits_reference(x, packed, scale, bias, weight, activation, rows)
+
+
+@linear_nbits.register_fake
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    weight: str,
+    activation: str,
+    rows: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+FORMULAS[linear_nbits._opoverload.overloadpacket] = matmul_flops

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from effuse.kernels import dynamic, low_bit, quantize
+from effuse.kernels import attention, dynamic, integer, low_bit, quantize
 from effuse.kernels.quantizers import find_scale, parse_quantizer
 
 Sample = tuple[Any, ...]
@@ -100,6 +100,67 @@ def _fake_quantize_samples(g: torch.Generator) -> list[Sample]:
     ]
 
 
+def _widen_samples(g: torch.Generator) -> list[Sample]:
+    return [
+        (_packed(g, "int4/channel", 6, 8).packed, 4, [6, 8]),
+        (_packed(g, "int4/channel", 3, 5, 3, 3).packed, 4, [3, 5, 3, 3]),
+    ]
+
+
+def _packed(g: torch.Generator, quantizer: str, *shape: int) -> low_bit.Packed:
+    return low_bit.pack_weight(_uniform(g, *shape), parse_quantizer(quantizer))
+
+
+def _nbits_samples(g: torch.Generator) -> list[Sample]:
+    how = "int4/group32"
+    packed = _packed(g, how, 6, 64)
+    weight = (packed.packed ^ low_bit.OFFSET, packed.scale)
+    return [
+        (_uniform(g, 3, 64), *weight, _uniform(g, 6), how, "", 6),
+        (_uniform(g, 2, 5, 64), *weight, None, how, "", 6),
+        (_uniform(g, 2, 5, 64), *weight, _uniform(g, 6), how, "int8/group32/dynamic", 6),
+    ]
+
+
+def _attention_samples(g: torch.Generator) -> list[Sample]:
+    q, k, v = _uniform(g, 2, 5, 12), _uniform(g, 2, 7, 12), _uniform(g, 2, 7, 12)
+    return [
+        (q, k, v, None, 3, 0.5, False),
+        (q, k, v, _uniform(g, 1, 1, 5, 7), 3, 0.5, False),
+        (q, q, q, None, 2, 0.4, True),
+    ]
+
+
+def _steps(g: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
+
+
+def _integer_scales(g: torch.Generator, rows: int) -> tuple[torch.Tensor, ...]:
+    at = (torch.tensor(0.02), torch.tensor(117, dtype=torch.uint8))
+    return (*at, torch.rand(rows, generator=g) * 0.01 + 0.001)
+
+
+def _linear_integer_samples(g: torch.Generator) -> list[Sample]:
+    scale, zero, channels = _integer_scales(g, 6)
+    weight = _int8(g, 6, 7)
+    return [
+        (_steps(g, 3, 7), scale, zero, weight, channels, _uniform(g, 6)),
+        (_steps(g, 2, 5, 7), scale, zero, weight, channels, None),
+    ]
+
+
+def _conv_integer_samples(g: torch.Generator) -> list[Sample]:
+    scale, zero, channels = _integer_scales(g, 4)
+    out = (torch.tensor(0.3), torch.tensor(101, dtype=torch.uint8))
+    bias = torch.randint(-9999, 9999, (4,), generator=g, dtype=torch.int32)
+    options = ([1, 1], [1, 1], [1, 1], 1)
+    return [
+        (_steps(g, 2, 3, 6, 5), scale, zero, _int8(g, 4, 3, 3, 3), channels, bias, *out, *options),
+        (_steps(g, 1, 4, 7, 7), scale, zero, _int8(g, 4, 2, 3, 3), channels, None, *out,
+         [2, 2], [0, 0], [1, 1], 2),
+    ]  # fmt: skip
+
+
 TABLE = (
     Op(
         "quantize",
@@ -138,16 +199,56 @@ TABLE = (
         torch.ops.effuse.unpack.default,
         low_bit.unpack_reference,
         _unpack_samples,
-        {"reference": "simulated"},
-        "weights of 2 to 8 bits, stored packed",
+        {"reference": "simulated", "onnx": "native"},
+        "weights of 2 to 8 bits, stored packed; in ONNX Runtime of 4 bits, as linear_nbits",
     ),
     Op(
         "fake_quantize",
         torch.ops.effuse.fake_quantize.default,
         low_bit.fake_quantize_reference,
         _fake_quantize_samples,
-        {"reference": "simulated"},
-        "activations on any grid",
+        {"reference": "simulated", "onnx": "native"},
+        "activations on any grid; in ONNX Runtime of 8 bits, as linear_nbits",
+    ),
+    Op(
+        "widen",
+        torch.ops.effuse.widen.default,
+        low_bit.widen_reference,
+        _widen_samples,
+        {"reference": "simulated", "onnx": "native"},
+        "4-bit codes stored packed, made int8 when a session starts",
+    ),
+    Op(
+        "linear_nbits",
+        torch.ops.effuse.linear_nbits.default,
+        low_bit.linear_nbits_reference,
+        _nbits_samples,
+        {"reference": "simulated", "onnx": "native"},
+        "MatMulNBits, which takes 4-bit weights and 8-bit or float activations",
+    ),
+    Op(
+        "linear_integer",
+        torch.ops.effuse.linear_integer.default,
+        integer.linear_integer_reference,
+        _linear_integer_samples,
+        {"reference": "simulated", "onnx": "native"},
+        "MatMulInteger, for scales that are looked up by step",
+    ),
+    Op(
+        "conv2d_integer",
+        torch.ops.effuse.conv2d_integer.default,
+        integer.conv2d_integer_reference,
+        _conv_integer_samples,
+        {"reference": "simulated", "onnx": "native"},
+        "QLinearConv, for scales that are looked up by step",
+    ),
+    Op(
+        "attention",
+        torch.ops.effuse.attention.default,
+        attention.attention_reference,
+        _attention_samples,
+        {"reference": "simulated", "onnx": "native"},
+        "MultiHeadAttention in float32",
     ),
 )
 

@@ -1,11 +1,11 @@
-"""Quantize: int8 weights per output channel, 8-bit activations per tensor (format w8a8).
+"""Quantize: linear and convolution layers in the numbers of a format (kernels/formats.py).
 
-Static: x̂ = (clamp(round(x/s)+z) - z)·s with one (s, z) per tensor over the whole trajectory,
-asymmetric uint8, from the least and greatest value that calibration saw (METHODS 0.2). Weights are
-symmetric, restricted to ±127. The bias becomes int32 at the products' scale. A convolution's output
-is quantized too, because integer convolutions write 8 bits; a linear's is not.
-Dynamic: the activation's range is found at run time, and nothing has to be calibrated.
-The programs that run once a picture keep float activations: int8 storage is all there is to gain.
+Static activations: x̂ = (clamp(round(x/s)+z) - z)·s with one (s, z) per tensor over the whole
+trajectory, or one per group of timesteps (`activations="step"`; METHODS 0.2, 1.3). Where weights
+have a scale per output channel the arithmetic is integer: the bias becomes int32 at the products'
+scale, and a convolution's output is quantized too, because integer convolutions write 8 bits; a
+linear's is not. Dynamic: the activation's range is found at run time.
+The programs that run once a picture keep float activations: small storage is all there is to gain.
 
 Every layer is measured on probes of the calibration run before it is chosen.
 """
@@ -13,65 +13,89 @@ Every layer is measured on probes of the calibration run before it is chosen.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import fx
 
+from effuse.calibrate import planned_groups
 from effuse.errors import PassError
-from effuse.graph import (
-    calls,
-    clone,
-    eliminate,
-    evaluate,
-    module_path,
-    substitute,
-    value_of,
-)
-from effuse.metrics import CEILING_DB
+from effuse.graph import calls, clone, eliminate, module_path, substitute, value_of
+from effuse.kernels.formats import Format, parse
+from effuse.passes.activation_scales import Ranges
 from effuse.passes.base import Pass, Work
-from effuse.passes.quantize_writer import Writer
-from effuse.plan import Depends, Rate
+from effuse.passes.quantize_measure import Quality, measure
+from effuse.passes.quantize_sites import (
+    Recipe,
+    first_layers,
+    last_layers,
+    misfit,
+    recipe,
+    sites,
+)
+from effuse.passes.quantize_writer import Rounded, Writer
+from effuse.passes.rounded import rounded_by_gptq, searched, weight_name
+from effuse.plan import Rate
 from effuse.program import Layer, Part, Program, prune_weights
-from effuse.rates import dependences
-from effuse.statistics import Calibration, Statistics
+from effuse.statistics import Calibration, Needs
 
 aten, ops = torch.ops.aten, torch.ops.effuse
 
-SITES = (aten.conv2d.default, aten.linear.default)
-FORMATS = ("w8a8",)
 QUANTIZED = (ops.quantize.default, ops.dequantize.default, ops.linear_dynamic.default,
-             ops.conv2d_dynamic.default)  # fmt: skip
+             ops.conv2d_dynamic.default, ops.unpack.default, ops.fake_quantize.default,
+             ops.widen.default)  # fmt: skip
+DB_PER_BIT = 3.0  # of the bound: half of what a bit is worth
 
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Linear and convolution layers of the step program in 8 bits, where they are faithful enough.
+    """Linear and convolution layers of the step program in few bits, where they are faithful.
 
     Args:
-        format: `w8a8`.
-        activations: `static` (calibrated ranges) or `dynamic` (ranges found at run time).
-        min_sqnr_db: a layer whose own output falls under this (dB, on the probes) stays in float.
+        format: a name (`w8a8`, `w8a16`, `w4a16`, `w4a8`, `w4a4`, `fp8`, `nvfp4`, `mxfp4`), or
+            `<weights>:<activations>` as `int3/group32:uint6/tensor/asymmetric`.
+        activations: when ranges are found: as the `format` says, `static` (calibrated), `step`
+            (calibrated by group of timesteps) or `dynamic` (at run time).
+        ranges: of static activations: `minmax`, `mse`, `percentile` or `entropy`.
+        weight_ranges: of weights: `minmax` or `mse` (searched).
+        rounding: `nearest`, or `gptq`, which makes up for each column's error in the next.
+        correct_bias: whether the mean error of each output channel is taken off the bias.
+        min_sqnr_db: a layer whose own output falls under this (dB, on the probes) stays in float;
+            for 8 bits, and 3 dB less for each bit fewer.
         edges: whether the first and the last layer are quantized too.
+        layers: formats of single layers by module path, or `float`; the others have `format`.
     """
 
     name: ClassVar[str] = "quantize"
     exact: ClassVar[bool] = False
     calibrates: ClassVar[bool] = True
 
-    format: Literal["w8a8"] = "w8a8"
-    activations: Literal["static", "dynamic"] = "static"
+    format: str = "w8a8"
+    activations: Literal["format", "static", "step", "dynamic"] = "format"
+    ranges: Literal["minmax", "mse", "percentile", "entropy"] = "minmax"
+    weight_ranges: Literal["minmax", "mse"] = "minmax"
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    correct_bias: bool = False
     min_sqnr_db: float = 20.0
     edges: bool = False
+    layers: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def needs(self) -> Needs:
+        """Histograms, where ranges are searched."""
+        return Needs(histograms=self.ranges != "minmax")
 
     def requires(self, program: Program) -> str | None:
-        """A known format, and no quantization yet."""
-        if self.format not in FORMATS:
-            return f"format {self.format!r} is not known here (known: {', '.join(FORMATS)})"
+        """Known formats, no quantization yet, and a schedule where ranges go by step."""
+        for name in (self.format, *(each for _, each in self.layers if each != "float")):
+            parse(name)
         if any(calls(part.graph, *QUANTIZED) for part in program.parts):
             return "the program is quantized already"
+        if self.activations == "step" and not program.timesteps:
+            return "activations='step' looks ranges up by timestep: compile with schedule="
         return None
 
     def run(self, program: Program, work: Work) -> Program:
@@ -81,68 +105,45 @@ class Quantize(Pass):
                 "quantize needs calibration: hand compile(calibration=run) a function that samples "
                 "with the model it is given, or leave calibration=None with a schedule"
             )
-        weights = dict(program.weights)
-        parts, layers = [], []
-        for part in program.parts:
-            changed, found = self._part(program, part, weights, work, work.calibration)
-            parts.append(changed)
-            if part.rate < Rate.STEP or part.name == program.plan.default:
-                layers += found
-            else:
-                work.log.note(f"{part.name}: {summary(found)}")
-        result = replace(program, parts=tuple(parts), weights=weights, layers=tuple(layers))
+        job = Job(self, program, work, work.calibration, dict(program.weights))
+        default = program.plan.default
+        order = sorted(program.parts, key=lambda part: part.name != default)
+        done = {part.name: job.part(part) for part in order}  # others share the default's weights
+        layers = [
+            each
+            for part in program.parts
+            if part.rate < Rate.STEP or part.name == default
+            for each in done[part.name][1]
+        ]
+        for part in program.variants:
+            if part.name != default:
+                work.log.note(f"{part.name}: {summary(done[part.name][1])}")
+        self._check(layers)
+        parts = tuple(done[part.name][0] for part in program.parts)
+        result = replace(program, parts=parts, weights=job.weights, layers=tuple(layers))
         return prune_weights(result)
 
-    def _part(
-        self, program: Program, part: Part, weights: dict[str, torch.Tensor], work: Work,
-        calibration: Calibration,
-    ) -> tuple[Part, list[Layer]]:  # fmt: skip
-        found = sites(part, weights)
-        seen = {site for site in found if self._seen(site, part, calibration.statistics)}
-        reasons = {
-            site.name: self.reason(site, part, program)
-            or (None if site in seen else "never seen in calibration")
-            for site in found
-        }
-        quality = measure(part, program.weights, self, calibration, work, seen)
-        graph, mapping = clone(part.graph)
-        writer = self.writer(graph, weights, part, calibration.statistics)
-        layers = []
-        for site in found:
-            ratio = quality.get(site.name)
-            reason = reasons[site.name] or too_noisy(ratio, self.min_sqnr_db)
-            if reason:
-                work.log.reject("quantize", reason.split(":")[0])
-            elif work.log.spend("quantize"):
-                node = mapping[site]
-                substitute(node, writer.quantized(node))
-            else:
-                reason = "out of fuel"
-            kind = self.format if part.rate is Rate.STEP else "w8"
-            layers.append(layer(site, kind, ratio, reason))
-        eliminate(graph)
-        return replace(part, graph=graph, exact=False), layers
+    def _check(self, layers: Sequence[Layer]) -> None:
+        """See that the format's groups fit at least one of the layers."""
+        reasons = {each.reason for each in layers}
+        if layers and all("groups of" in reason for reason in reasons):
+            raise PassError(f"no layer can be quantized: {min(reasons)}")
+        unknown = [path for path, _ in self.layers if path not in {each.name for each in layers}]
+        if unknown:
+            raise PassError(
+                f"layers: no linear or convolution is at {unknown[0]!r}; `effuse report` lists "
+                "the layers by module path"
+            )
 
-    def writer(
-        self, graph: fx.Graph, weights: dict[str, torch.Tensor], part: Part, statistics: Statistics
-    ) -> Writer:
-        """Who writes the 8-bit layers of a part's graph."""
-        dynamic = self.activations == "dynamic"
-        return Writer(graph, weights, part.name, statistics, dynamic, part.rate < Rate.STEP)
-
-    def _seen(self, site: fx.Node, part: Part, statistics: Statistics) -> bool:
-        """Whether calibration has the ranges that the layer needs."""
-        if part.rate < Rate.STEP or self.activations == "dynamic":
-            return True
-        needed = (site, *site.all_input_nodes[:1])  # integer convolutions write 8 bits
-        if site.target is aten.linear.default:
-            needed = needed[1:]
-        return all((part.name, node.name) in statistics.ranges for node in needed)
-
-    def reason(self, site: fx.Node, part: Part, program: Program) -> str | None:
+    def reason(self, site: fx.Node, part: Part, program: Program, how: Recipe) -> str | None:
         """Why a layer stays in float whatever its numbers, or None."""
-        if unwanted := self.unwanted(module_path(site)):
+        path = module_path(site)
+        if unwanted := self.unwanted(path):
             return unwanted
+        if (path, "float") in self.layers:
+            return "asked for in float"
+        if problem := misfit(site, how):
+            return problem
         if part.rate < Rate.STEP:
             return None
         if not self.edges and site in first_layers(part, program):
@@ -150,6 +151,118 @@ class Quantize(Pass):
         if not self.edges and site in last_layers(part, program):
             return "last layer"
         return None
+
+    def format_of(self, site: fx.Node) -> Format:
+        """The format of a layer."""
+        named = dict(self.layers).get(module_path(site), self.format)
+        return parse(self.format if named == "float" else named)
+
+
+@dataclass
+class Job:
+    """One run of the pass over a program's parts, which share weights and how they are rounded."""
+
+    options: Quantize
+    program: Program
+    work: Work
+    calibration: Calibration
+    weights: dict[str, torch.Tensor]
+    rounded: dict[str, Rounded] = field(default_factory=dict)
+
+    def part(self, part: Part) -> tuple[Part, list[Layer]]:
+        """The quantized part, and what became of each layer."""
+        ranges = self._ranges(part)
+        recipes = {
+            site: recipe(site, self.options.format_of(site), part.rate, self.options.activations)
+            for site in sites(part, self.weights)
+        }
+        reasons = {
+            site: self.options.reason(site, part, self.program, how) or unseen(site, how, ranges)
+            for site, how in recipes.items()
+        }
+        wanted = {site: how for site, how in recipes.items() if fits(site, how, ranges)}
+        self._round(part, {site: how for site, how in wanted.items() if not reasons[site]})
+        quality = self._measure(part, wanted, ranges, {})
+        shifts = self._shifts(quality)
+        if shifts:
+            quality = self._measure(part, wanted, ranges, shifts)
+        graph, mapping = clone(part.graph)
+        writer = Writer(graph, self.weights, ranges, self.rounded, shifts)
+        layers = [
+            self._settle(site, how, reasons[site], quality.get(site.name), writer, mapping)
+            for site, how in recipes.items()
+        ]
+        eliminate(graph)
+        return replace(part, graph=graph, exact=False), layers
+
+    def _ranges(self, part: Part) -> Ranges:
+        groups = self.calibration.statistics.groups
+        return Ranges(
+            part.name,
+            self.calibration.statistics,
+            self.options.ranges,
+            len(self.program.timesteps or ()),
+            planned_groups(self.program, part.name, groups),
+        )
+
+    def _round(self, part: Part, recipes: Mapping[fx.Node, Recipe]) -> None:
+        """Add the weights that are not simply rounded to nearest, but those that are there."""
+        new = {site: how for site, how in recipes.items() if weight_name(site) not in self.rounded}
+        if self.options.weight_ranges == "mse":
+            for number, (site, how) in enumerate(new.items(), start=1):
+                name = weight_name(site)
+                self.rounded[name] = searched(self.weights[name], how.weight)
+                self.work.progress("search scales", number, len(new))
+        if self.options.rounding == "gptq":
+            self.rounded |= rounded_by_gptq(
+                part.graph, self.weights, self.rounded, new, self.calibration.probes[part.name],
+                self.work.progress,
+            )  # fmt: skip
+
+    def _measure(
+        self, part: Part, recipes: Mapping[fx.Node, Recipe], ranges: Ranges,
+        shifts: Mapping[str, torch.Tensor],
+    ) -> dict[str, Quality]:  # fmt: skip
+        write = partial(Writer, ranges=ranges, rounded=self.rounded, shifts=shifts)
+        probes = self.calibration.probes[part.name]
+        return measure(part.graph, self.weights, recipes, write, probes, self.work.progress)
+
+    def _shifts(self, quality: Mapping[str, Quality]) -> dict[str, torch.Tensor]:
+        if not self.options.correct_bias:
+            return {}
+        return {name: each.mean_error for name, each in quality.items()}
+
+    def _settle(
+        self, site: fx.Node, how: Recipe, reason: str | None, quality: Quality | None,
+        writer: Writer, mapping: Mapping[fx.Node, fx.Node],
+    ) -> Layer:  # fmt: skip
+        """Quantize one layer, or say why not."""
+        ratio = None if quality is None else quality.sqnr_db
+        bound = self.options.min_sqnr_db - DB_PER_BIT * (8 - min(8, how.bits))
+        reason = reason or too_noisy(ratio, bound)
+        if reason:
+            self.work.log.reject("quantize", reason.split(":")[0])
+        elif self.work.log.spend("quantize"):
+            node = mapping[site]
+            substitute(node, writer.quantized(node, how))
+        else:
+            reason = "out of fuel"
+        return layer(site, how.format, ratio, reason)
+
+
+def fits(site: fx.Node, how: Recipe, ranges: Ranges) -> bool:
+    """Whether the layer can be measured: its shape fits, and its ranges were seen."""
+    return misfit(site, how) is None and unseen(site, how, ranges) is None
+
+
+def unseen(site: fx.Node, how: Recipe, ranges: Ranges) -> str | None:
+    """Why calibration does not have the ranges that the layer needs, or None."""
+    if how.activation is None or how.activation.ranges == "dynamic":
+        return None
+    needed = site.all_input_nodes[:1]
+    if how.integer and site.target is not aten.linear.default:
+        needed.append(site)  # integer convolutions write 8 bits
+    return None if all(ranges.seen(node) for node in needed) else "never seen in calibration"
 
 
 def too_noisy(ratio: float | None, bound: float) -> str | None:
@@ -178,84 +291,3 @@ def summary(layers: Sequence[Layer]) -> str:
     worst = min((layer.sqnr_db for layer in changed if layer.sqnr_db is not None), default=None)
     quality = "" if worst is None else f", {worst:.1f} dB at worst"
     return f"{len(changed)} of {len(layers)} layers in 8 bits{quality}"
-
-
-def sites(part: Part, weights: Mapping[str, torch.Tensor]) -> list[fx.Node]:
-    """The linear and convolution calls whose weight is stored and in floating point."""
-    found = []
-    for node in calls(part.graph, *SITES):
-        weight = node.args[1]
-        stored = isinstance(weight, fx.Node) and weight.op == "get_attr"
-        if stored and weights[str(weight.target)].is_floating_point():  # type: ignore[union-attr]
-            found.append(node)
-    return found
-
-
-def first_layers(part: Part, program: Program) -> set[fx.Node]:
-    """The layers that the latent reaches before any other layer."""
-    depends = dependences(part.graph, program.sources)
-    given = {item.name for item in program.inputs}  # a slot's past has been through layers
-    fresh: set[fx.Node] = set()  # computed from the latent, by no layer so far
-    first: set[fx.Node] = set()
-    for node in part.graph.nodes:
-        if node.op == "placeholder" and node.target in given and depends[node] & Depends.LATENT:
-            fresh.add(node)
-        elif any(source in fresh for source in node.all_input_nodes):
-            (first if node.target in SITES else fresh).add(node)
-    return first
-
-
-def last_layers(part: Part, program: Program) -> set[fx.Node]:
-    """The layers whose result reaches an output of the network through no other layer."""
-    (values,) = part.graph.output_node().args
-    named = zip(part.outputs, values, strict=True)  # type: ignore[arg-type]
-    results = {node for name, node in named if name in program.outputs}  # no slot to be filled
-    open_nodes: set[fx.Node] = set()
-    last: set[fx.Node] = set()
-    for node in reversed(part.graph.nodes):
-        if node in results or any(user in open_nodes for user in node.users):
-            (last if node.target in SITES else open_nodes).add(node)
-    return last
-
-
-def measure(
-    part: Part,
-    weights: Mapping[str, torch.Tensor],
-    options: Quantize,
-    calibration: Calibration,
-    work: Work,
-    layers: Collection[fx.Node],
-) -> dict[str, float]:
-    """SQNR (dB) of each of `layers`: its 8-bit twin against itself, on the same float inputs.
-
-    The twins stand beside the layers in a copy of the graph and feed nothing.
-    """
-    weights = dict(weights)
-    graph, mapping = clone(part.graph)
-    writer = options.writer(graph, weights, part, calibration.statistics)
-    chosen = [site for site in sites(part, weights) if site in layers]
-    twins = {writer.quantized(mapping[site]): mapping[site] for site in chosen}
-    wanted = set(twins.values())
-    truth: dict[fx.Node, torch.Tensor] = {}
-    power: dict[str, list[float]] = {}
-
-    def observe(node: fx.Node, value: Any) -> None:
-        if node in wanted:
-            truth[node] = value
-        elif node in twins:
-            real = truth.pop(twins[node]).double()
-            sums = power.setdefault(twins[node].name, [0.0, 0.0])
-            sums[0] += real.square().sum().item()
-            sums[1] += (real - value.double()).square().sum().item()
-
-    probes = calibration.probes[part.name]
-    for number, probe in enumerate(probes, start=1):
-        evaluate(graph, weights, probe, observe)
-        work.progress("measure layers", number, len(probes))
-    return {name: _ratio(signal, noise) for name, (signal, noise) in power.items()}
-
-
-def _ratio(signal: float, noise: float) -> float:
-    if noise == 0:
-        return CEILING_DB
-    return 10 * math.log10(signal / noise) if signal else -CEILING_DB

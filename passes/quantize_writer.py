@@ -1,80 +1,259 @@
-"""The writer of 8-bit layers: weights and biases as stored, ranges of activations, casts."""
+"""The writer of quantized layers: weights and biases as stored, scales of activations, casts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from effuse.graph import emit, emit_weight, inputs, value_of
+from effuse.graph import emit, emit_weight, value_of
 from effuse.kernels import dynamic as dynamic  # registers the ops
-from effuse.kernels.quantize import quantize_reference
-from effuse.statistics import Statistics
+from effuse.kernels.low_bit import pack_weight
+from effuse.kernels.packing import pack
+from effuse.kernels.quantizers import find_scale, to_codes
+from effuse.passes.activation_scales import Ranges, Scale, Scales
+from effuse.passes.quantize_sites import Recipe
 
 aten, ops = torch.ops.aten, torch.ops.effuse
 
 LEAST_SCALE = 1e-12  # of a channel of zeros
 BIAS_LIMIT = 1 << 30  # of a bias in int32: as much again is left for the sum of the products
-TINY = torch.finfo(torch.float32).tiny
 
 
-def affine(low: float, high: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale (float32) and zero point (uint8) that cover [low, high] and hold zero exactly."""
-    low, high = min(low, 0.0), max(high, 0.0)
-    scale = (high - low) / 255
-    scale = scale if scale >= TINY else 1.0  # a subnormal scale would lose its precision
-    zero = min(255, max(0, round(-low / scale)))
-    return torch.tensor(scale, dtype=torch.float32), torch.tensor(zero, dtype=torch.uint8)
+@dataclass(frozen=True)
+class Rounded:
+    """A weight as rounding chose it: real values (rows, columns) on the grid of its scales."""
+
+    values: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None = None
 
 
-def weight_scale(weight: torch.Tensor) -> torch.Tensor:
-    """Symmetric scale per output channel: greatest magnitude over 127; (out,), float32."""
-    return (weight.float().abs().flatten(1).amax(1) / 127).clamp(min=LEAST_SCALE)
+def plain(weight: torch.Tensor, how: Recipe) -> Rounded:
+    """The weight as it is, with the scales of its least and greatest values."""
+    rows = weight.float().flatten(1)
+    return Rounded(rows, *find_scale(rows, how.weight))
+
+
+def narrowed(chosen: Rounded) -> Rounded:
+    """A channel of zeros gets a small scale: its bias is stored at the scale of the products."""
+    dead = (chosen.values == 0).all(1, keepdim=True)
+    return replace(chosen, scale=torch.where(dead, LEAST_SCALE, chosen.scale))
 
 
 @dataclass
 class Writer:
-    """Writes quantized layers into one graph; a tensor that several read is quantized once."""
+    """Writes quantized layers into one graph; a tensor that several read is quantized once.
+
+    Args:
+        rounded: of weights by name, where they are not simply rounded to nearest.
+        shifts: by layer, what the bias has to take back: the mean error of its output (out,).
+    """
 
     graph: fx.Graph
     weights: dict[str, torch.Tensor]
-    part: str
-    statistics: Statistics
-    dynamic: bool  # ranges found at run time
-    stored_only: bool = False  # int8 weights, float arithmetic
+    ranges: Ranges
+    rounded: Mapping[str, Rounded] = field(default_factory=dict)
+    shifts: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._pairs: dict[fx.Node, tuple[fx.Node, torch.Tensor]] = {}
+        self._scales = Scales(self.graph, self.weights, self.ranges)
+        self._pairs: dict[tuple[fx.Node, str], tuple[fx.Node, Scale]] = {}
+        self._rounded: dict[tuple[fx.Node, str], fx.Node] = {}
 
-    def quantized(self, site: fx.Node) -> fx.Node:
-        """New nodes after `site` that compute it from int8 weights; the last of them."""
+    def quantized(self, site: fx.Node, how: Recipe) -> fx.Node:
+        """New nodes after `site` that compute it as `how` says; the last of them."""
         with self.graph.inserting_after(site):
             anchor = self.graph.create_node("call_function", _nothing)
         with self.graph.inserting_before(anchor):
-            new = self._method()(site)
+            new = self._method(how)(site, how)
         self.graph.erase_node(anchor)
         return new
 
-    def _method(self) -> Callable[[fx.Node], fx.Node]:
-        if self.stored_only:
-            return self._weight_only
-        return self._dynamic if self.dynamic else self._static
+    def _method(self, how: Recipe) -> Callable[[fx.Node, Recipe], fx.Node]:
+        if how.activation is None or not how.integer:
+            return self._simulated
+        return self._dynamic if how.activation.ranges == "dynamic" else self._integer
 
-    def _weight_only(self, site: fx.Node) -> fx.Node:
-        weight, scale, numbers = self._stored(site)
-        real = self._real(site, weight, scale, numbers)
-        return self._emit(site, site.target, site.args[0], real, *site.args[2:])
+    # ---- the three ways to compute a layer -------------------------------------------------------
 
-    def _real(
-        self, site: fx.Node, weight: fx.Node, scale: fx.Node, numbers: torch.Tensor
-    ) -> fx.Node:
-        """dequantize(weight), per output channel."""
-        zeros = torch.zeros(len(numbers), dtype=torch.int8)
-        stored = self._weight(f"zeros.int8.{len(numbers)}", zeros)
-        return self._dequantized(site, weight, scale, stored)
+    def _simulated(self, site: fx.Node, how: Recipe) -> fx.Node:
+        """The layer in float, on weights and perhaps activations that are on their grids."""
+        x: fx.Node = site.args[0]  # type: ignore[assignment]
+        if how.activation is not None:
+            x = self._rounded_activation(x, how)
+        return self._emit(
+            site, site.target, x, self._real(site, how), self._bias(site), *site.args[3:]
+        )
+
+    def _dynamic(self, site: fx.Node, how: Recipe) -> fx.Node:
+        codes, scale, _ = self._codes(site, how)
+        x, _, _, *rest = _arguments(site)
+        bias = self._bias(site)
+        if site.target is aten.linear.default:
+            return self._emit(site, ops.linear_dynamic.default, x, codes, scale, bias)
+        return self._emit(
+            site, ops.conv2d_dynamic.default, x, codes, scale, bias, *conv_options(rest)
+        )
+
+    def _integer(self, site: fx.Node, how: Recipe) -> fx.Node:
+        x, step = self._activation(site.args[0], how)  # type: ignore[arg-type]
+        codes, scale, numbers = self._codes(site, how, self._least_scale(site, step.numbers))
+        real = self._real_of_codes(site, codes, scale, len(numbers))
+        bias = self._integer_bias(site, how, step.numbers, numbers)
+        new = self._emit(site, site.target, x, real, bias, *site.args[3:])
+        if site.target is aten.linear.default:
+            return new
+        pair = self._pair(new, site, how)
+        # a layer that reads this output takes its 8 bits as they are
+        self._pairs[pair[0], str(how.activation)] = pair
+        return pair[0]
+
+    # ---- weights ---------------------------------------------------------------------------------
+
+    def _real(self, site: fx.Node, how: Recipe) -> fx.Node:
+        """The quantized weight in float."""
+        if how.integer_weight:
+            codes, scale, numbers = self._codes(site, how)
+            return self._real_of_codes(site, codes, scale, len(numbers))
+        name, weight = self._weight_of(site)
+        chosen = self.rounded.get(name) or plain(weight, how)
+        packed = pack_weight(chosen.values, how.weight, chosen.scale, chosen.zero)
+        stored = [
+            None if tensor is None else self._weight(f"{name}.{how.weight}.{part}", tensor)
+            for part, tensor in packed._asdict().items()
+        ]
+        node = self._emit(
+            site, ops.unpack.default, *stored, str(how.weight), list(weight.shape)
+        )  # fmt: skip
+        return self._cast(site, node, site)
+
+    def _real_of_codes(self, site: fx.Node, codes: fx.Node, scale: fx.Node, rows: int) -> fx.Node:
+        zeros = self._weight(f"zeros.int8.{rows}", torch.zeros(rows, dtype=torch.int8))
+        return self._dequantized(site, codes, scale, zeros)
+
+    def _codes(
+        self, site: fx.Node, how: Recipe, least: torch.Tensor | None = None
+    ) -> tuple[fx.Node, fx.Node, torch.Tensor]:
+        """A weight's int8 codes and its scale, as nodes, and the scale as numbers (out,)."""
+        name, weight = self._weight_of(site)
+        chosen = narrowed(self.rounded.get(name) or plain(weight, how))
+        if least is not None and (least > chosen.scale[:, 0]).any():
+            scale = torch.maximum(chosen.scale, least[:, None])
+            chosen = Rounded(weight.float().flatten(1), scale)
+            name = f"{name}.{self.ranges.part}.{site.name}"  # another layer may share the weight
+        steps = to_codes(chosen.values, chosen.scale, None, how.weight)
+        numbers = chosen.scale[:, 0].contiguous()
+        kind = "" if how.weight.grid.bits == 8 else f"{how.weight.grid}."
+        codes = self._stored_codes(site, name, steps, how)
+        return codes, self._weight(f"{name}.{kind}scale", numbers), numbers
+
+    def _stored_codes(self, site: fx.Node, name: str, steps: torch.Tensor, how: Recipe) -> fx.Node:
+        """int8 as it is; fewer bits packed, and widened in the graph."""
+        shape, bits = list(self._weight_of(site)[1].shape), how.weight.grid.bits
+        if bits == 8:
+            return self._weight(f"{name}.int8", steps.reshape(shape))
+        packed = self._weight(f"{name}.{how.weight.grid}", pack(steps, bits))
+        return self._emit(site, ops.widen.default, packed, bits, shape)
+
+    def _weight_of(self, site: fx.Node) -> tuple[str, torch.Tensor]:
+        name = str(site.args[1].target)  # type: ignore[union-attr]
+        return name, self.weights[name]
+
+    # ---- activations -----------------------------------------------------------------------------
+
+    def _rounded_activation(self, source: fx.Node, how: Recipe) -> fx.Node:
+        """The layer's input, rounded to its grid; once for all that read it."""
+        key = (source, str(how.activation))
+        if key not in self._rounded:
+            with self._after(source):
+                self._rounded[key] = self._fake(source, how)
+        return self._rounded[key]
+
+    def _fake(self, source: fx.Node, how: Recipe) -> fx.Node:
+        assert how.activation is not None
+        scale: tuple[fx.Node | None, fx.Node | None] = (None, None)
+        if how.activation.ranges != "dynamic":
+            found = self._scales.of(source, how.activation)
+            scale = (found.scale, found.zero)
+        text = str(how.activation)
+        return self._emit(source, ops.fake_quantize.default, source, *scale, text)
+
+    def _activation(self, source: fx.Node, how: Recipe) -> tuple[fx.Node, Scale]:
+        """The dequantized input of a layer, and its scale."""
+        key = (source, str(how.activation))
+        if key not in self._pairs:
+            with self._after(source):
+                self._pairs[key] = self._pair(source, source, how)
+        return self._pairs[key]
+
+    def _after(self, source: fx.Node) -> Any:
+        """The place behind a value; an input's is behind all inputs, and the step's group."""
+        return _Behind(self.graph, self._scales.front() if source.op == "placeholder" else source)
+
+    def _pair(self, node: fx.Node, measured: fx.Node, how: Recipe) -> tuple[fx.Node, Scale]:
+        """quantize → dequantize of `node`, with the range that was seen at `measured`."""
+        assert how.activation is not None
+        found = self._scales.of(measured, how.activation)
+        at = (found.scale, found.zero)
+        steps = self._emit(measured, ops.quantize.default, self._cast(measured, node), *at, 0)
+        return self._dequantized(measured, steps, *at), found
+
+    # ---- biases ----------------------------------------------------------------------------------
+
+    def _bias(self, site: fx.Node) -> Any:
+        """The layer's bias in float, corrected if it has to be."""
+        node, shift = _bias_of(site), self.shifts.get(site.name)
+        if shift is None or (node is not None and node.op != "get_attr"):
+            return node
+        real = self._corrected(node, shift).to(value_of(site).dtype)
+        return self._weight(f"bias.{self.ranges.part}.{site.name}", real)
+
+    def _corrected(self, node: fx.Node | None, shift: torch.Tensor | None) -> torch.Tensor:
+        own = torch.zeros(()) if node is None else self.weights[str(node.target)]
+        return own.double() - (0.0 if shift is None else shift.double())
+
+    def _integer_bias(
+        self, site: fx.Node, how: Recipe, step: torch.Tensor, numbers: torch.Tensor
+    ) -> fx.Node | None:
+        """The bias in int32 at the scale of the products, as the integer kernels add it.
+
+        A linear whose scale goes by step adds its bias in float.
+        """
+        node, shift = _bias_of(site), self.shifts.get(site.name)
+        by_step = how.activation is not None and how.activation.ranges == "step"
+        if node is None and shift is None:
+            return None
+        if (node is not None and node.op != "get_attr") or (
+            by_step and site.target is aten.linear.default
+        ):
+            return self._bias(site)  # type: ignore[no-any-return]
+        scale = step[..., None] * numbers if by_step else step * numbers
+        steps = torch.round(self._corrected(node, shift) / scale.double())
+        stored = steps.clamp(-BIAS_LIMIT, BIAS_LIMIT).to(torch.int32)
+        given = f"{node.target}." if node is not None else "bias."
+        name = f"{given}{self.ranges.part}.{site.name}"
+        if by_step:
+            name += ".by_step"
+        looked_up = self._scales.looked_up
+        return self._dequantized(
+            site,
+            looked_up(f"{name}.int32", stored, by_step=by_step, like=site),
+            looked_up(f"{name}.scale", scale, by_step=by_step, like=site),
+            self._weight(f"zeros.int32.{len(numbers)}", torch.zeros(len(numbers)).int()),
+        )
+
+    def _least_scale(self, site: fx.Node, step: torch.Tensor) -> torch.Tensor | None:
+        """The least weight scales with which the bias fits at the products' scale; None without."""
+        node, shift = _bias_of(site), self.shifts.get(site.name)
+        if (node is None and shift is None) or (node is not None and node.op != "get_attr"):
+            return None
+        return self._corrected(node, shift).float().abs() / (step.min().float() * BIAS_LIMIT)
+
+    # ---- nodes -----------------------------------------------------------------------------------
 
     def _dequantized(self, like: fx.Node, *args: Any) -> fx.Node:
         """dequantize(…), which is float32, in the type of `like`."""
@@ -93,82 +272,26 @@ class Writer:
     def _weight(self, name: str, tensor: torch.Tensor) -> fx.Node:
         return emit_weight(self.graph, self.weights, name, tensor)
 
-    def _stored(
-        self, site: fx.Node, least: torch.Tensor | None = None
-    ) -> tuple[fx.Node, fx.Node, torch.Tensor]:
-        """The layer's weight in int8 with its scale, as nodes, and the scale as numbers."""
-        name = str(site.args[1].target)  # type: ignore[union-attr]
-        weight = self.weights[name]
-        scale = weight_scale(weight)
-        if least is not None and (least > scale).any():
-            scale = torch.maximum(scale, least)
-            name = f"{name}.{self.part}.{site.name}"  # another layer may share the weight
-        zero = torch.zeros(len(scale), dtype=torch.int8)
-        steps = quantize_reference(weight, scale, zero, 0).clamp(min=-127)
-        return self._weight(f"{name}.int8", steps), self._weight(f"{name}.scale", scale), scale
 
-    def _dynamic(self, site: fx.Node) -> fx.Node:
-        weight, scale, _ = self._stored(site)
-        x, _, bias, *rest = site.args if len(site.args) > 2 else (*site.args, None)
-        if site.target is aten.linear.default:
-            return self._emit(site, ops.linear_dynamic.default, x, weight, scale, bias)
-        return self._emit(
-            site, ops.conv2d_dynamic.default, x, weight, scale, bias, *conv_options(rest)
-        )
+class _Behind:
+    """Inserts behind a node, in the order of insertion."""
 
-    def _static(self, site: fx.Node) -> fx.Node:
-        x, step = self._activation(site.args[0])  # type: ignore[arg-type]
-        weight, scale, numbers = self._stored(site, self._least_scale(site, step))
-        real = self._real(site, weight, scale, numbers)
-        bias = self._bias(site, step * numbers)
-        new = self._emit(site, site.target, x, real, bias, *site.args[3:])
-        if site.target is aten.linear.default:
-            return new
-        pair = self._pair(new, site)
-        self._pairs[pair[0]] = pair  # a layer that reads this output takes its 8 bits as they are
-        return pair[0]
+    def __init__(self, graph: fx.Graph, node: fx.Node) -> None:
+        self._graph, self._node = graph, node
 
-    def _activation(self, source: fx.Node) -> tuple[fx.Node, torch.Tensor]:
-        """The dequantized input of a layer, and its scale."""
-        if source not in self._pairs:
-            last = inputs(self.graph)[-1] if source.op == "placeholder" else source
-            with self.graph.inserting_after(last):
-                anchor = self.graph.create_node("call_function", _nothing)
-            with self.graph.inserting_before(anchor):
-                self._pairs[source] = self._pair(source, source)
-            self.graph.erase_node(anchor)
-        return self._pairs[source]
+    def __enter__(self) -> None:
+        with self._graph.inserting_after(self._node):
+            self._anchor = self._graph.create_node("call_function", _nothing)
+        self._place = self._graph.inserting_before(self._anchor)
+        self._place.__enter__()
 
-    def _pair(self, node: fx.Node, measured: fx.Node) -> tuple[fx.Node, torch.Tensor]:
-        """quantize → dequantize of `node`, with the range that was seen at `measured`."""
-        scale, zero = affine(*self.statistics.ranges[self.part, measured.name].overall)
-        name = f"range.{self.part}.{measured.name}"
-        at = (self._weight(f"{name}.scale", scale), self._weight(f"{name}.zero", zero))
-        steps = self._emit(measured, ops.quantize.default, self._cast(measured, node), *at, 0)
-        return self._dequantized(measured, steps, *at), scale
+    def __exit__(self, *error: Any) -> None:
+        self._place.__exit__(*error)
+        self._graph.erase_node(self._anchor)
 
-    def _bias(self, site: fx.Node, scale: torch.Tensor) -> fx.Node | None:
-        """The bias in int32 at the scale of the products, as the integer kernels add it."""
-        node = _bias_of(site)
-        if node is None or node.op != "get_attr":
-            return node
-        name = f"{node.target}.{self.part}.{site.name}"
-        steps = torch.round(self.weights[str(node.target)].double() / scale.double())
-        stored = steps.clamp(-BIAS_LIMIT, BIAS_LIMIT).to(torch.int32)
-        zeros = torch.zeros(len(scale), dtype=torch.int32)
-        return self._dequantized(
-            site,
-            self._weight(f"{name}.int32", stored),
-            self._weight(f"{name}.scale", scale),
-            self._weight(f"zeros.int32.{len(scale)}", zeros),
-        )
 
-    def _least_scale(self, site: fx.Node, step: torch.Tensor) -> torch.Tensor | None:
-        """The least weight scales with which the bias fits at the products' scale; None without."""
-        node = _bias_of(site)
-        if node is None or node.op != "get_attr":
-            return None
-        return self.weights[str(node.target)].float().abs() / (step * BIAS_LIMIT)
+def _arguments(site: fx.Node) -> list[Any]:
+    return [*site.args, *[None] * (3 - len(site.args))]
 
 
 def _bias_of(site: fx.Node) -> fx.Node | None:

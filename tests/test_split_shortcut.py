@@ -21,7 +21,7 @@ from effuse.graph import calls, evaluate, module_path, value_of
 from effuse.kernels.quantize import dequantize, quantize
 from effuse.pass_manager import run_passes
 from effuse.passes import Cache, Canonicalize, Hoist, Quantize, SplitShortcut
-from effuse.passes.quantize_writer import affine
+from effuse.kernels.quantizers import parse_quantizer, scale_of_range
 from effuse.program import run_program, same_step, used_weights
 from effuse.verify import exact_bound, relative_error, verify
 
@@ -448,7 +448,7 @@ def test_variants_of_a_cache_share_the_pieces_and_stay_exact():
 
 
 def through_8_bits(x):
-    at = affine(x.min().item(), x.max().item())
+    at = scale_of_range(x.min(), x.max(), parse_quantizer("uint8/tensor/asymmetric"))
     return dequantize(quantize(x, *at, 0), *at, 0)
 
 

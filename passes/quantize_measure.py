@@ -1,0 +1,83 @@
+"""What quantizing a layer does to its own output, measured on the calibration's probes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from effuse.graph import clone, evaluate
+from effuse.metrics import CEILING_DB
+from effuse.passes.quantize_sites import Recipe
+from effuse.passes.quantize_writer import Writer
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Quality:
+    """Power of a layer's output and of its error, and the error's sum by output channel."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+    count: int = 0
+    total: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
+
+    def add(self, real: torch.Tensor, error: torch.Tensor, axis: int) -> None:
+        """Take in one output and its error, channels along `axis`."""
+        self.signal += real.square().sum().item()
+        self.noise += error.square().sum().item()
+        rows = error.movedim(axis, -1).flatten(0, -2)
+        self.total = self.total + rows.sum(0)
+        self.count += len(rows)
+
+    @property
+    def sqnr_db(self) -> float:
+        """10 log10 of signal over noise, between limits."""
+        if self.noise == 0:
+            return CEILING_DB
+        return 10 * math.log10(self.signal / self.noise) if self.signal else -CEILING_DB
+
+    @property
+    def mean_error(self) -> torch.Tensor:
+        """Of each output channel, (out,) float64: what bias correction takes back."""
+        return self.total / max(1, self.count)
+
+
+def measure(
+    graph: fx.Graph,
+    weights: Mapping[str, torch.Tensor],
+    recipes: Mapping[fx.Node, Recipe],
+    writer: Callable[[fx.Graph, dict[str, torch.Tensor]], Writer],
+    probes: Sequence[Mapping[str, torch.Tensor]],
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Quality]:
+    """Each layer's quantized twin against itself, on the same float inputs.
+
+    The twins stand beside the layers in a copy of the graph and feed nothing.
+    """
+    weights = dict(weights)
+    copy, mapping = clone(graph)
+    writing = writer(copy, weights)
+    twins = {writing.quantized(mapping[site], how): mapping[site] for site, how in recipes.items()}
+    wanted = set(twins.values())
+    truth: dict[fx.Node, torch.Tensor] = {}
+    found: dict[str, Quality] = {}
+
+    def observe(node: fx.Node, value: Any) -> None:
+        if node in wanted:
+            truth[node] = value
+        elif node in twins:
+            site = twins[node]
+            real = truth.pop(site).double()
+            axis = -1 if site.target is aten.linear.default else real.dim() - 3
+            found.setdefault(site.name, Quality()).add(real, value.double() - real, axis)
+
+    for number, probe in enumerate(probes, start=1):
+        evaluate(copy, weights, probe, observe)
+        progress("measure layers", number, len(probes))
+    return found

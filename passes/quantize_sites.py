@@ -1,0 +1,114 @@
+"""Which layers may be quantized, and how each one of them would be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from effuse.errors import ConfigError
+from effuse.graph import calls, value_of
+from effuse.kernels.formats import Format
+from effuse.kernels.quantizers import Quantizer, check_group
+from effuse.plan import Depends, Rate
+from effuse.program import Part, Program
+from effuse.rates import dependences
+
+aten = torch.ops.aten
+
+SITES = (aten.conv2d.default, aten.linear.default)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one layer is quantized; `activation` None leaves its input in float."""
+
+    format: str
+    weight: Quantizer
+    activation: Quantizer | None
+
+    @property
+    def integer_weight(self) -> bool:
+        """Whether integer arithmetic takes the weight: a scale for each output channel."""
+        how = self.weight
+        return how.grid.kind == "int" and how.granularity == "channel" and how.symmetric
+
+    @property
+    def integer(self) -> bool:
+        """Whether the layer can be computed in 8-bit integers: uint8 under one scale."""
+        how = self.activation
+        fits = how is not None and str(how.grid) == "uint8" and how.granularity == "tensor"
+        return fits and how is not None and not how.symmetric and self.integer_weight
+
+    @property
+    def bits(self) -> int:
+        """Of the narrower of the two."""
+        return min(each.grid.bits for each in (self.weight, self.activation) if each)
+
+
+def recipe(site: fx.Node, format: Format, rate: Rate, activations: str) -> Recipe:
+    """How a format quantizes a layer of a part that runs at `rate`.
+
+    `activations` overrides when ranges are found: `static`, `dynamic`, `step`, or `format`.
+    """
+    conv = site.target is aten.conv2d.default
+    weight = format.conv_weight if conv else format.weight
+    activation = format.conv_activation if conv else format.activation
+    if rate < Rate.STEP:
+        return Recipe(f"w{weight.grid.bits}", weight, None)
+    if activation is not None and activations not in ("format", activation.ranges):
+        fixed = {} if activations == "dynamic" else {"granularity": "tensor", "group": 0}
+        activation = replace(activation, ranges=activations, **fixed)  # type: ignore[arg-type]
+    return Recipe(format.name, weight, activation)
+
+
+def misfit(site: fx.Node, how: Recipe) -> str | None:
+    """Why the layer's shape does not take the recipe, or None."""
+    weight = value_of(site.args[1])  # type: ignore[arg-type]
+    try:
+        check_group(weight[0].numel(), how.weight)
+        if how.activation is not None:
+            check_group(value_of(site.args[0]).shape[-1], how.activation)  # type: ignore[arg-type]
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def sites(part: Part, weights: Mapping[str, torch.Tensor]) -> list[fx.Node]:
+    """The linear and convolution calls whose weight is stored and in floating point."""
+    found = []
+    for node in calls(part.graph, *SITES):
+        weight = node.args[1]
+        stored = isinstance(weight, fx.Node) and weight.op == "get_attr"
+        if stored and weights[str(weight.target)].is_floating_point():  # type: ignore[union-attr]
+            found.append(node)
+    return found
+
+
+def first_layers(part: Part, program: Program) -> set[fx.Node]:
+    """The layers that the latent reaches before any other layer."""
+    depends = dependences(part.graph, program.sources)
+    given = {item.name for item in program.inputs}  # a slot's past has been through layers
+    fresh: set[fx.Node] = set()  # computed from the latent, by no layer so far
+    first: set[fx.Node] = set()
+    for node in part.graph.nodes:
+        if node.op == "placeholder" and node.target in given and depends[node] & Depends.LATENT:
+            fresh.add(node)
+        elif any(source in fresh for source in node.all_input_nodes):
+            (first if node.target in SITES else fresh).add(node)
+    return first
+
+
+def last_layers(part: Part, program: Program) -> set[fx.Node]:
+    """The layers whose result reaches an output of the network through no other layer."""
+    (values,) = part.graph.output_node().args
+    named = zip(part.outputs, values, strict=True)  # type: ignore[arg-type]
+    results = {node for name, node in named if name in program.outputs}  # no slot to be filled
+    open_nodes: set[fx.Node] = set()
+    last: set[fx.Node] = set()
+    for node in reversed(part.graph.nodes):
+        if node in results or any(user in open_nodes for user in node.users):
+            (last if node.target in SITES else open_nodes).add(node)
+    return last
