@@ -7,6 +7,9 @@ step 1). Layers that read one x share s, as do all uses of one weight, in every 
 exponents are those under which the quantized layers' own outputs err least on probes of the
 calibration run. 1 / s goes into what computes x, found by structure (passes/smooth_fold.py), or is
 multiplied to x where that pays twice.
+
+Static ranges then fit every channel tightly, so calibration has to be as wide as use: a value that
+it did not see is cut off in any channel, not in the loud ones alone.
 """
 
 from __future__ import annotations
@@ -204,7 +207,7 @@ def _write(divider: Divider, choice: Choice, part: str) -> None:
         if site.source not in divided:
             fold = choice.folds[site.source]
             whole = Fold(site.x, site.axis) if isinstance(fold, str) else fold
-            divided[site.source] = divider.divided(whole, old)
+            divided[site.source] = divider.divided(whole, old.args[0], old)
         with divider.graph.inserting_before(old):
             columns = divider.stored(old.args[1], _columns(old), choice.scale)  # type: ignore[arg-type]
             args = (divided[site.source], columns, *old.args[2:])

@@ -148,14 +148,14 @@ def _sum(search: Search, node: fx.Node, axis: int) -> Fold | str | None:
 
 
 def _product(search: Search, node: fx.Node, axis: int) -> Fold | str | None:
-    """y · m -> y · (m/s), or (y/s) · m: by the operand that does not lie behind others."""
+    """y · m -> y · (m/s), or (y/s) · m: by the operand that takes less."""
     if node.target is not aten.mul.Tensor:
         return None
     found = [search.operand(node, place, axis) for place in (0, 1)]
     folds = [(place, each) for place, each in enumerate(found) if isinstance(each, Fold)]
     if not folds:
         return next(each for each in found if isinstance(each, str))
-    return Fold(node, axis, (min(folds, key=lambda each: _depth(each[1])),))
+    return Fold(node, axis, (min(folds, key=lambda each: _cost(each[1])),))
 
 
 def _through(search: Search, node: fx.Node, axis: int) -> Fold | str | None:
@@ -169,8 +169,12 @@ def _through(search: Search, node: fx.Node, axis: int) -> Fold | str | None:
     return found if isinstance(found, str) else Fold(node, axis, ((0, found),))
 
 
-def _depth(fold: Fold) -> int:
-    return 1 + max((_depth(each) for _, each in fold.places), default=0)
+def _cost(fold: Fold) -> tuple[int, int]:
+    """Multiplies at run time, and the nodes on the way."""
+    stored = fold.node is None or fold.node.op == "get_attr"
+    costs = [_cost(each) for _, each in fold.places]
+    many = sum(cost for cost, _ in costs) if costs else int(not stored)
+    return many, 1 + max((depth for _, depth in costs), default=0)
 
 
 RULES: tuple[Callable[[Search, fx.Node, int], Fold | str | None], ...] = (
@@ -193,26 +197,26 @@ class Divider:
         """The divider by another scale."""
         return replace(self, label=label, scale=scale)
 
-    def divided(self, fold: Fold, before: fx.Node) -> fx.Node:
-        """The divided value, computed before the node `before` at the latest."""
-        if fold.node is None:
+    def divided(self, fold: Fold, value: Any, before: fx.Node) -> fx.Node:
+        """`value`, which is the fold's node by now, divided; before the node `before`."""
+        if value is None:
             return self._inverse(before, -1, before)
-        node = self.mapping.get(fold.node, fold.node)
         if fold.places:
-            return self._call(fold, node)
-        if node.op == "get_attr":
+            return self._call(fold, value)
+        if value.op == "get_attr":
             with self.graph.inserting_before(before):
-                return self.stored(node, fold.axis, 1 / self.scale.double())
-        inverse = self._inverse(before, fold.axis, node)
+                return self.stored(value, fold.axis, 1 / self.scale.double())
+        inverse = self._inverse(before, fold.axis, value)
         with self.graph.inserting_before(before):
-            new: fx.Node = emit(self.graph, aten.mul.Tensor, node, inverse, like=node)
+            new: fx.Node = emit(self.graph, aten.mul.Tensor, value, inverse, like=value)
         return new
 
     def _call(self, fold: Fold, node: fx.Node) -> fx.Node:
-        places = dict(fold.places)
-        args = [*node.args, *[None] * (max(places) + 1 - len(node.args))]
-        for place, each in places.items():
-            args[place] = self.divided(each, node)
+        """The call of divided arguments; nothing but the fold's own reader reads the old one."""
+        args = list(node.args)
+        args += [None] * (1 + max(place for place, _ in fold.places) - len(args))
+        for place, each in fold.places:
+            args[place] = self.divided(each, args[place], node)
         with self.graph.inserting_before(node):
             new: fx.Node = emit(self.graph, node.target, *args, like=node, **node.kwargs)
         if fold.node is not None and node.target not in VIEWS:  # views may have other readers
