@@ -3,6 +3,7 @@
 if __name__ != "effuse.passes":
     raise ImportError(f"{__name__!r} is a folder of effuse's checkout; import effuse.passes")
 
+from effuse.passes.auto_bits import AutoBits
 from effuse.passes.base import Pass
 from effuse.passes.cache import Cache
 from effuse.passes.canonicalize import Canonicalize
@@ -23,6 +24,7 @@ ORDER: tuple[type[Pass], ...] = (
     SplitShortcut,  # before calibration, which then sees each operand of a concatenation apart
     Smooth,  # once it is settled which layers there are; its scales are for the rounding to come
     Quantize,  # last of the rewrites: it measures the network as it will really run
+    AutoBits,  # in Quantize's place: it measures, chooses formats, and has Quantize write them
     Guidance,  # behind all that changes the outputs, from which it tells what to leave out
 )
 
@@ -41,6 +43,7 @@ __all__ = [
     "BY_NAME",
     "ORDER",
     "PRESETS",
+    "AutoBits",
     "Cache",
     "Canonicalize",
     "Guidance",
