@@ -149,7 +149,9 @@ def calibrate_for(
 
 
 def rewrite(program: Program, config: Config, feed: Any, show: Phases) -> Program:
-    """Run the passes of the configuration, calibrating when the first of them asks for it."""
+    """Run the passes of the configuration, calibrating when one of them asks for it."""
+    if not callable(feed) and feed is not None:
+        feed = list(feed)  # it is gone through again where a rewrite makes statistics stale
 
     def run_calibration(current: Program) -> Calibration:
         with show.phase("calibrate"):

@@ -17,6 +17,7 @@ from effuse.errors import CalibrationError
 from effuse.plan import Plan, Rate, Role
 from effuse.program import Part, Program
 from effuse.statistics import RANGES_ONLY, Calibration, Needs, Probes, Statistics
+from effuse.step_groups import group_of
 from effuse.watch import Watch
 
 LAYERS = (torch.ops.aten.linear.default, torch.ops.aten.conv2d.default)
@@ -106,24 +107,6 @@ class Recorder(Watch):
         return Calibration(self.statistics, probes, self.calls)
 
 
-def group_of(index: int, steps: int, groups: int) -> int:
-    """The group of timesteps that step `index` of the schedule is in."""
-    return index * groups // steps
-
-
-def planned_groups(program: Program, part: str, groups: int) -> frozenset[int]:
-    """The groups of timesteps in which the plan runs a part.
-
-    What `check_groups` has to find: a group without a step, or with steps of other variants only,
-    needs no parameters of its own.
-    """
-    steps = len(program.timesteps or ())
-    if not steps or program.part(part).rate < Rate.STEP:
-        return frozenset(range(groups))
-    at = [index for index in range(steps) if program.plan.at(index).variant == part]
-    return frozenset(group_of(index, steps, groups) for index in at)
-
-
 def channel_axis(node: fx.Node) -> int:
     """Where the channels of an activation are: -3 beside convolutions and in images, else -1."""
     kinds = [each.target for each in (node, *node.users) if each.target in LAYERS]
@@ -134,8 +117,8 @@ def channel_axis(node: fx.Node) -> int:
 
 
 def needs_of(passes: Iterable[Any]) -> Needs:
-    """What any of the passes asks calibration to keep, by an attribute `needs`."""
-    return reduce(or_, (getattr(each, "needs", RANGES_ONLY) for each in passes), RANGES_ONLY)
+    """What any of the passes asks calibration to keep."""
+    return reduce(or_, (each.needs for each in passes), RANGES_ONLY)
 
 
 def calibrate(

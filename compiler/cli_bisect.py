@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from effuse import build
-from effuse.calibrate import calibrate, layer_values
 from effuse.cli_build import Request, check_folder, example_inputs, program_text
 from effuse.cli_diff import difference, show_rows
 from effuse.cli_text import out
@@ -73,9 +72,7 @@ class Trials:
         names = [node.name for part in current.parts for node in part.graph.nodes]
         key = " ".join((program_text(current), *names))
         if key not in self._calibrations:
-            groups, seed = self.settings.step_groups, self.settings.seed
-            found = calibrate(current, None, layer_values, groups=groups, seed=seed)
-            self._calibrations[key] = found
+            self._calibrations[key] = build.calibrate_for(self.settings, current, None)
         return self._calibrations[key]
 
     def good(self, fuel: int, floor: float) -> bool:

@@ -13,12 +13,12 @@ from functools import partial
 import torch
 from torch import fx
 
-from effuse.calibrate import group_of
 from effuse.graph import emit, emit_input, emit_weight, fake_mode, inputs
 from effuse.kernels.quantizers import Quantizer, scale_of_range
 from effuse.plan import STEP_INPUT
 from effuse.ranges import Levels, Rounding, Uniform
 from effuse.statistics import Statistics, step_ranges
+from effuse.step_groups import group_of
 
 aten = torch.ops.aten
 

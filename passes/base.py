@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from effuse.log import Log
 from effuse.program import Program
-from effuse.statistics import Calibration
+from effuse.statistics import RANGES_ONLY, Calibration, Needs
 from effuse.watch import Watch
 
 
@@ -33,6 +33,11 @@ class Pass:
     name: ClassVar[str]
     exact: ClassVar[bool] = True
     calibrates: ClassVar[bool] = False
+
+    @property
+    def needs(self) -> Needs:
+        """What calibration has to keep for the pass, beside ranges."""
+        return RANGES_ONLY
 
     include: tuple[str, ...] = field(default=(), kw_only=True)
     exclude: tuple[str, ...] = field(default=(), kw_only=True)

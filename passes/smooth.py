@@ -68,7 +68,6 @@ class Smooth(Pass):
     name: ClassVar[str] = "smooth"
     exact: ClassVar[bool] = True
     calibrates: ClassVar[bool] = True
-    needs: ClassVar[Needs] = Needs(channels=True)
 
     alpha: float | Literal["search"] = "search"
     format: str = "w8a8"
@@ -78,6 +77,11 @@ class Smooth(Pass):
         parse(self.format)
         if self.alpha != "search" and not 0 <= self.alpha <= 1:
             raise ConfigError(f"alpha: expected 0 to 1, or 'search', came {self.alpha!r}")
+
+    @property
+    def needs(self) -> Needs:
+        """The greatest magnitude of every channel."""
+        return Needs(channels=True)
 
     @property
     def candidates(self) -> tuple[Exponents, ...]:

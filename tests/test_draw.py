@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from effuse.calibrate import calibrate, draw_calls, group_of, planned_groups, step_values
+from effuse.calibrate import calibrate, draw_calls, step_values
+from effuse.step_groups import group_of, planned_groups
 from effuse.capture import capture
 from effuse.draw import (
     DRAWS,
