@@ -15,6 +15,7 @@ from torch import fx
 
 from effuse.graph import calls, emit, emit_weight, substitute
 from effuse.kernels import integer as integer  # registers the ops
+from effuse.kernels import log2_attention as log2_attention
 from effuse.kernels import low_bit as low_bit
 from effuse.kernels.quantizers import Quantizer, parse_quantizer
 from effuse.passes.quantize_writer import conv_options
@@ -125,4 +126,6 @@ def unsupported(graph: fx.Graph) -> str | None:
     for node in calls(graph, ops.widen.default):
         if node.args[1] != 4:
             return f"{node.args[1]}-bit weights"
+    for node in calls(graph, ops.attention_log2.default):
+        return f"attention scores in powers of two of {node.args[6]} bits (Quantize(scores=…))"
     return None

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from effuse.kernels import attention, dynamic, integer, low_bit, quantize
+from effuse.kernels import attention, dynamic, integer, log2_attention, low_bit, quantize
 from effuse.kernels.quantizers import find_scale, parse_quantizer
 
 Sample = tuple[Any, ...]
@@ -128,6 +128,17 @@ def _attention_samples(g: torch.Generator) -> list[Sample]:
         (q, k, v, None, 3, 0.5, False),
         (q, k, v, _uniform(g, 1, 1, 5, 7), 3, 0.5, False),
         (q, q, q, None, 2, 0.4, True),
+    ]
+
+
+def _attention_log2_samples(g: torch.Generator) -> list[Sample]:
+    q, k, v = _uniform(g, 2, 3, 5, 4), _uniform(g, 2, 3, 7, 4), _uniform(g, 2, 3, 7, 6)
+    some = torch.arange(7) < torch.tensor([7, 3]).view(2, 1, 1, 1)
+    return [
+        (q, k, v, None, False, 0.5, 4, 1),
+        (q, k, v, _uniform(g, 1, 1, 5, 7), False, 2.0, 3, 0),
+        (q, k, v, some.expand(2, 1, 5, 7), False, 0.5, 8, 1),
+        (q, q, q, None, True, 0.5, 2, 0),
     ]
 
 
@@ -249,6 +260,14 @@ TABLE = (
         _attention_samples,
         {"reference": "simulated", "onnx": "native"},
         "MultiHeadAttention in float32",
+    ),
+    Op(
+        "attention_log2",
+        torch.ops.effuse.attention_log2.default,
+        log2_attention.attention_log2_reference,
+        _attention_log2_samples,
+        {"reference": "simulated"},
+        "scores in powers of two; no back end has them, they are for study",
     ),
 )
 

@@ -37,7 +37,10 @@ from effuse.passes.quantize_sites import (
     sites,
 )
 from effuse.passes.quantize_writer import Rounded, Writer
+from effuse.passes.reconstruct import Recipe as Learning
+from effuse.passes.reconstruct_units import rounded_by_reconstruction
 from effuse.passes.rounded import rounded_by_gptq, searched, weight_name
+from effuse.passes.scores import quantize_scores
 from effuse.plan import Rate
 from effuse.program import Layer, Part, Program, prune_weights
 from effuse.statistics import Calibration, Needs
@@ -61,7 +64,11 @@ class Quantize(Pass):
             (calibrated by group of timesteps) or `dynamic` (at run time).
         ranges: of static activations: `minmax`, `mse`, `percentile` or `entropy`.
         weight_ranges: of weights: `minmax` or `mse` (searched).
-        rounding: `nearest`, or `gptq`, which makes up for each column's error in the next.
+        rounding: `nearest`; `gptq`, which makes up for each column's error in the next; or
+            `reconstruct`, which learns from there, block by block, what keeps its output.
+        iterations: of learning each block.
+        resume: a folder that keeps learned blocks, so that a build that was interrupted goes on.
+        scores: bits of attention scores in powers of two, 2 to 8; 0 leaves them in float.
         correct_bias: whether the mean error of each output channel is taken off the bias.
         min_sqnr_db: a layer whose own output falls under this (dB, on the probes) stays in float;
             for 8 bits, and 3 dB less for each bit fewer.
@@ -77,11 +84,14 @@ class Quantize(Pass):
     activations: Literal["format", "static", "step", "dynamic"] = "format"
     ranges: Literal["minmax", "mse", "percentile", "entropy"] = "minmax"
     weight_ranges: Literal["minmax", "mse"] = "minmax"
-    rounding: Literal["nearest", "gptq"] = "nearest"
+    rounding: Literal["nearest", "gptq", "reconstruct"] = "nearest"
     correct_bias: bool = False
     min_sqnr_db: float = 20.0
     edges: bool = False
     layers: tuple[tuple[str, str], ...] = ()
+    iterations: int = 500
+    resume: str = ""
+    scores: int = 0
 
     @property
     def needs(self) -> Needs:
@@ -96,6 +106,10 @@ class Quantize(Pass):
             return "the program is quantized already"
         if self.activations == "step" and not program.timesteps:
             return "activations='step' looks ranges up by timestep: compile with schedule="
+        if self.scores and not 2 <= self.scores <= 8:
+            return f"scores: expected 0 or 2 to 8 bits, came {self.scores}"
+        if self.iterations < 1:
+            return f"iterations: expected 1 or more, came {self.iterations}"
         return None
 
     def run(self, program: Program, work: Work) -> Program:
@@ -192,6 +206,8 @@ class Job:
             self._settle(site, how, reasons[site], quality.get(site.name), writer, mapping)
             for site, how in recipes.items()
         ]
+        if self.options.scores and part.rate is Rate.STEP:
+            quantize_scores(graph, self.program.sources, self.options.scores, self.work.log)
         eliminate(graph)
         return replace(part, graph=graph, exact=False), layers
 
@@ -218,6 +234,22 @@ class Job:
                 part.graph, self.weights, self.rounded, new, self.calibration.probes[part.name],
                 self.work.progress,
             )  # fmt: skip
+        elif self.options.rounding == "reconstruct":
+            self._reconstruct(part, new)
+
+    def _reconstruct(self, part: Part, recipes: Mapping[fx.Node, Recipe]) -> None:
+        found = rounded_by_reconstruction(
+            part, self.program, self.weights, self.rounded, recipes,
+            self.calibration.probes[part.name], self.work.progress,
+            Learning(iterations=self.options.iterations), self.options.resume,
+        )  # fmt: skip
+        self.rounded |= found.rounded
+        if found.shares:
+            middle = sorted(found.shares)[len(found.shares) // 2]
+            self.work.log.note(
+                f"{part.name}: {len(found.shares)} blocks learned, {middle:.2f} of GPTQ's loss "
+                "in the middle"
+            )
 
     def _measure(
         self, part: Part, recipes: Mapping[fx.Node, Recipe], ranges: Ranges,

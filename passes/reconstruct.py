@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from torch import Tensor
 from effuse.errors import CalibrationError
 from effuse.passes.adaround import Rounding
 
-Example = Mapping[str, Tensor]  # one call of the unit: its inputs by name
+Example = Mapping[str, Any]  # one call of the unit: its inputs by name, tensors but for sizes
 Outputs = Tensor | tuple[Tensor, ...]
 Unit = Callable[[Example, Mapping[str, Tensor]], Outputs]  # inputs, weights by name -> outputs
 
@@ -200,11 +201,11 @@ def hard_weights(roundings: Mapping[str, Rounding]) -> dict[str, Tensor]:
 
 def mixed(
     quantized: Example, exact: Example, share: float, random: torch.Generator
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Each floating-point value from `quantized` with probability `share`, else from `exact`."""
 
-    def mix(name: str, value: Tensor) -> Tensor:
-        if not value.is_floating_point():
+    def mix(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
         drawn = torch.rand(value.shape, generator=random).to(value.device)
         return torch.where(drawn < share, value, exact[name])

@@ -46,11 +46,12 @@ def _blocks(rows: torch.Tensor, how: Quantizer) -> torch.Tensor:
 
 def rounded_by_gptq(
     graph: fx.Graph, weights: Weights, start: Mapping[str, Rounded], recipes: Recipes,
-    probes: Probes, progress: Progress,
+    probes: Probes, progress: Progress, settle: Callable[..., torch.Tensor] = gptq,
 ) -> dict[str, Rounded]:  # fmt: skip
     """GPTQ of every layer but grouped convolutions, on its float inputs at the probes, by weight.
 
-    `start` has the scales of weights; those of the others are their greatest magnitudes'.
+    `start` has the scales of weights; those of the others are their greatest magnitudes'. `settle`
+    is `gptq`, or `compensated`, whose values are not on the grid yet.
     """
     layers = [site for site in recipes if _groups(site) == 1]
     found: dict[str, Rounded] = {}
@@ -59,13 +60,15 @@ def rounded_by_gptq(
         for site in chunk:
             name, how = weight_name(site), recipes[site]
             first = start.get(name) or plain(weights[name], how)
-            found[name] = _gptq(first, hessians[name], how.weight)
+            found[name] = _gptq(first, hessians[name], how.weight, settle)
             progress("GPTQ", len(found), len(layers))
     return found
 
 
-def _gptq(start: Rounded, hessian: Hessian, how: Quantizer) -> Rounded:
-    values = gptq(
+def _gptq(
+    start: Rounded, hessian: Hessian, how: Quantizer, settle: Callable[..., torch.Tensor]
+) -> Rounded:
+    values = settle(
         start.values, hessian, start.scale, how.group, partial(nearest, grid=how.grid), start.zero
     )
     return Rounded(values, start.scale, start.zero)

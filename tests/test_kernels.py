@@ -172,6 +172,24 @@ def attention_by_hand(q, k, v, bias, heads, scale, causal):
     return np.einsum("nhst,nthe->nshe", shares, v).reshape(*q.shape[:2], -1)
 
 
+def attention_log2_by_hand(q, k, v, mask, causal, scale, bits, start):
+    q, k, v = (numpy_of(each).astype(np.float64) for each in (q, k, v))
+    logits = np.einsum("nhsd,nhtd->nhst", q, k) * scale
+    if mask is not None:
+        mask = numpy_of(mask)
+        logits = np.where(mask, logits, -np.inf) if mask.dtype == bool else logits + mask
+    if causal:
+        logits = np.where(np.tri(*logits.shape[-2:], dtype=bool), logits, -np.inf)
+    shares = np.exp(logits - logits.max(-1, keepdims=True))
+    shares /= shares.sum(-1, keepdims=True)
+    most = shares[..., start:].max((1, 2, 3), keepdims=True)
+    with np.errstate(divide="ignore"):
+        steps = np.clip(np.rint(-np.log2(shares / most)), 0, 2**bits - 1)
+    rounded = np.where(shares == 0, 0, most * 0.5**steps)
+    rounded[..., :start] = shares[..., :start]
+    return np.einsum("nhst,nhte->nhse", rounded, v)
+
+
 def linear_integer_by_hand(q, scale, zero, weight, weight_scale, bias):
     steps = numpy_of(q).astype(np.int64) - int(zero)
     y = steps @ numpy_of(weight).astype(np.int64).T
@@ -196,6 +214,7 @@ BY_HAND = {
     "widen": widen_by_hand,
     "linear_nbits": nbits_by_hand,
     "attention": attention_by_hand,
+    "attention_log2": attention_log2_by_hand,
     "linear_integer": linear_integer_by_hand,
     "conv2d_integer": conv2d_integer_by_hand,
     "unpack": unpack_by_hand,
@@ -217,7 +236,9 @@ def agrees(found, op, arguments):
     summands = np.abs(expected).max(initial=0.0)  # the sum may be smaller than what is added
     summands += 0.0 if bias is None else 2 * bias.abs().max().item()
     assert found.shape == expected.shape
-    summed = {"linear_nbits": 64, "attention": 12}.get(op.name, 1)  # float32 sums of so many
+    summed = {"linear_nbits": 64, "attention": 12, "attention_log2": 12}.get(
+        op.name, 1
+    )  # float32 sums of so many
     bound = 4 * np.finfo(np.float32).eps * max(1e-30, summands) * summed
     assert np.abs(found.double().numpy() - expected).max(initial=0.0) <= bound
 

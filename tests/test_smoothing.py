@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from effuse.errors import CalibrationError, InputError
+from effuse.kernels.log2_attention import log2_round_trip, quantize_scores, score_range
 from effuse.kernels.quantizers import parse_quantizer, round_trip
 from effuse.passes.bias_correction import corrected_bias, mean_output
-from effuse.passes.log2_scores import log2_round_trip, quantize_scores, score_range
 from effuse.passes.smoothing import (
     CANDIDATES,
     best_smoothing,

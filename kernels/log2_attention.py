@@ -63,3 +63,45 @@ def quantize_scores(p: Tensor, bits: int, start: int = 1) -> Tensor:
     """
     quantized = log2_round_trip(p[..., start:], bits, score_range(p, start))
     return torch.cat([p[..., :start], quantized.to(p.dtype)], dim=-1)
+
+
+def attention_log2_reference(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, bits: int,
+    start: int,
+) -> Tensor:  # fmt: skip
+    """Attention whose scores are quantized, those of the first `start` keys excepted.
+
+    q (n, …, s, d), k (n, …, t, d), v (n, …, t, e), mask (…, s, t) of bool or added -> (n, …, s, e)
+    in q's dtype; scores, and their sums, in float32. A key that is masked out has no score.
+    """
+    logits = q.float() @ k.float().transpose(-1, -2) * scale
+    if causal:
+        logits = logits.masked_fill(~_lower(logits), -torch.inf)
+    if mask is not None:
+        closed = ~mask if mask.dtype == torch.bool else None
+        logits = logits + mask.float() if closed is None else logits.masked_fill(closed, -torch.inf)
+    out = logits == -torch.inf
+    scores = logits.softmax(-1).masked_fill(out, 0)  # of a query without any key: NaN before
+    quantized = quantize_scores(scores, bits, start).masked_fill(out, 0)
+    return (quantized @ v.float()).to(q.dtype)
+
+
+def _lower(logits: Tensor) -> Tensor:
+    return torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+
+
+@torch.library.custom_op("effuse::attention_log2", mutates_args=())
+def attention_log2(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, bits: int,
+    start: int,
+) -> Tensor:  # fmt: skip
+    """`attention_log2_reference` as a graph op."""
+    return attention_log2_reference(q, k, v, mask, causal, scale, bits, start).contiguous()
+
+
+@attention_log2.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, bits: int,
+    start: int,
+) -> Tensor:  # fmt: skip
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
