@@ -38,7 +38,7 @@ def unfit(node: fx.Node) -> str | None:
         return "ONNX Runtime's kernel is for float32"
     if isinstance(mask, fx.Node) and value_of(mask).dtype == torch.bool:
         return "a mask of truth values"
-    if isinstance(mask, fx.Node) and value_of(mask).dim() != 4:
+    if isinstance(mask, fx.Node) and _shape(mask)[2:] != (_shape(query)[2], _shape(key)[2]):
         return "a mask that is not batch x heads x tokens x tokens"
     if dropout or node.kwargs.get("enable_gqa"):
         return "dropout, or heads that share keys"

@@ -137,10 +137,9 @@ WRONG = [
     ({"passes": 5}, "passes: expected a sequence of passes, got 5"),
     ({"passes": [5]}, "passes: expected a pass, its name or a mapping, got 5"),
     ({"passes": [Hoist]}, "passes: expected a pass, its name or a mapping, got <class"),
-    ({"passes": [{"name": "quantize", "format": "w1a1"}]}, "passes: quantize: format: .*'w1a1'"),
+    ({"passes": [{"name": "quantize", "format": "w1a1"}]}, "passes: quantize: .*'w1a1'"),
     ({"passes": [{"name": "quantize", "edges": "maybe"}]}, "passes: quantize: edges: .*'maybe'"),
     ({"passes": [{"name": "hoist", "include": "conv*"}]}, "passes: hoist: include: .*'conv"),
-    ({"passes": [Quantize(format="w1a1")]}, "passes: quantize: format: .*'w1a1'"),
     ({"passes": [Quantize(min_sqnr_db="loud")]}, "passes: quantize: min_sqnr_db: .*'loud'"),
     ({"passes": [Hoist(exclude="conv*")]}, "passes: hoist: exclude: "),
 ]
