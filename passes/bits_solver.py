@@ -201,4 +201,4 @@ def _unreachable(rows: Sequence[Row], budget: Budget) -> str:
 def _in_units(measure: Measure, value: float) -> str:
     if measure == "error":
         return f"{decibels(value):.2f} dB"
-    return f"{value / 1e6:.3f} MB" if measure == "bytes" else f"{value:.2f} ms"
+    return f"{value / 1e6:.3f} MB" if measure == "bytes" else f"{value:.4g} ms"

@@ -48,7 +48,11 @@ CHANGED = 8.0e6  # values a millisecond that are quantized or dequantized
 
 def measurable() -> str | None:
     """Why layers cannot be timed here, or None."""
-    return str(_back_end().available() or "") or None
+    try:
+        reason: str | None = _back_end().available()
+    except ImportError as error:
+        return str(error)
+    return reason
 
 
 def _back_end() -> ModuleType:
@@ -77,9 +81,9 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
 def measure(lones: Iterable[Lone], progress: Progress) -> dict[Hashable, float | str]:
     """By signature the milliseconds of each layer, or why it has no form in ONNX."""
     distinct = {signature(lone): lone for lone in lones}
-    batches: defaultdict[tuple[str, str], list[Hashable]] = defaultdict(list)
+    batches: defaultdict[Hashable, list[Hashable]] = defaultdict(list)
     for key, lone in distinct.items():
-        batches[lone.format, _kind(lone)].append(key)
+        batches[lone.format, *_kind(lone)].append(key)
     runs: dict[Hashable, Run] = {}
     failed: dict[Hashable, float | str] = {}
     for number, keys in enumerate(batches.values()):
@@ -92,11 +96,10 @@ def measure(lones: Iterable[Lone], progress: Progress) -> dict[Hashable, float |
     return failed | _timed(distinct, runs, progress)
 
 
-def _kind(lone: Lone) -> str:
-    """The layer's op, whatever it is wrapped in."""
-    return str(lone.part.graph.output_node().all_input_nodes[0].target) + str(
-        len(_shape(outputs(lone.part.graph)[0]))
-    )
+def _kind(lone: Lone) -> tuple[str, int]:
+    """The op that gives the output, and the output's rank: what is lowered alike fails alike."""
+    (result,) = outputs(lone.part.graph)
+    return str(result.target), len(_shape(result))
 
 
 def _timed(
