@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import effuse
+from effuse.backends.onnx_integer import NATIVE
+from effuse.kernels.formats import FORMATS, describe
 from effuse.passes import ORDER, PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +25,16 @@ def test_every_pass_and_preset_is_in_the_tables():
         assert f"`{each.__name__}" in README
     for name in PRESETS:
         assert f"| `{name}` |" in README
+
+
+def test_the_table_of_formats_is_what_they_declare():
+    for row in map(describe, FORMATS.values()):
+        start = f"| `{row['name']}` | {row['weights']}"
+        (line,) = [each for each in README.splitlines() if each.startswith(start)]
+        for key in ("weights", "activations", "conv_weights", "conv_activations"):
+            assert row[key] in line
+        assert f" {row['bits_per_weight']:g}" in line
+        assert ("native" in line) == (row["name"] in NATIVE)
 
 
 def test_the_make_targets_that_it_names_exist():
