@@ -102,7 +102,7 @@ def run(network: str, arguments: argparse.Namespace) -> bool:
             row = together(done, row) if row.method == WINNERS else row
             done[row] = result(study, row)
             results = list(done.values())
-            write(study, {**facts(study, start), "rows": results})
+            write(study, {**facts(study, start, len(todo) - len(done)), "rows": results})
             progress.done()
     show(study, results)
     return any("error" in each for each in results)
@@ -133,8 +133,8 @@ def plainly(row: Row) -> dict[str, Any]:
     return {"name": row.name, "format": row.format, "method": row.method}
 
 
-def facts(study: Study, start: float) -> dict[str, Any]:
-    """What the results hold for: date, machine, versions, setting, remarks."""
+def facts(study: Study, start: float, left: int) -> dict[str, Any]:
+    """What the results hold for: date, machine, versions, setting, remarks, rows left."""
     used, bench, arguments = machine(), study.bench, study.arguments
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -149,7 +149,7 @@ def facts(study: Study, start: float) -> dict[str, Any]:
             "pictures": bench.prompts, "calibration": bench.unseen,
         },
         "seconds": round(time.perf_counter() - start, 1),
-        "remarks": remarks(study),
+        "remarks": [*([f"unfinished: {left} rows are left"] if left else []), *remarks(study)],
     }  # fmt: skip
 
 

@@ -126,13 +126,39 @@ def test_list_and_dry_run(module, capsys):
     assert "'rounding': 'gptq'" in capsys.readouterr().out
 
 
-def test_a_short_run(module, tmp_path):
-    """Two steps, one prompt, plain formats: bits and figures go the same way."""
-    arguments = ["--network", "dit", "--steps", "2", "--prompts", "1", "--out", str(tmp_path)]
-    assert module("quantize").main([*arguments, "--only", "^(fp8|w4a16)$"]) == 0
-    report = json.loads((tmp_path / "quantize-dit.json").read_text())
-    fp8, w4a16 = report["rows"]
-    assert fp8["sqnr_db"] > w4a16["sqnr_db"] > 5 and fp8["megabytes"] > w4a16["megabytes"]
-    assert fp8["quantized"] == w4a16["quantized"] < fp8["layers"]
+TINY = """
+import torch
+from diffusers import DDIMScheduler, DiTTransformer2DModel
+from emoji_dit import FOLDER, EmojiDitPipeline, names
+
+
+class Tiny(EmojiDitPipeline):
+    @classmethod
+    def open(cls):
+        torch.manual_seed(0)
+        network = DiTTransformer2DModel(
+            num_attention_heads=2, attention_head_dim=16, in_channels=3, out_channels=3,
+            num_layers=1, sample_size=32, patch_size=8, num_embeds_ada_norm=len(names()),
+        )
+        return cls(network.eval(), DDIMScheduler.from_pretrained(FOLDER / "scheduler"))
+"""
+
+
+def test_a_short_run(module, monkeypatch, tmp_path):
+    """A small network in the place of a trained one: plain rows, and one that gains nothing."""
+    (tmp_path / "tiny_emoji.py").write_text(TINY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(
+        module("cache_bench").NETWORKS, "tiny", ("tiny_emoji", "Tiny", "transformer")
+    )
+    monkeypatch.setitem(module("cache_show").TITLES, "tiny", "a small transformer")
+    arguments = ["--network", "tiny", "--steps", "2", "--prompts", "1", "--out", str(tmp_path)]
+    assert module("quantize").main([*arguments, "--only", r"^(fp8|w8a8|w8a8 \+ Start.*)$"]) == 0
+    report = json.loads((tmp_path / "quantize-tiny.json").read_text())
+    w8a8, start, fp8 = report["rows"]
+    assert w8a8["sqnr_db"] == start["sqnr_db"] and start["remark"] == "rewrites nothing here"
+    assert 15 < fp8["sqnr_db"] != w8a8["sqnr_db"] > 15
+    assert fp8["quantized"] == w8a8["quantized"] < fp8["layers"]
     assert report["setting"]["calibration"] != report["setting"]["pictures"]
-    assert (tmp_path / "quantize-dit.md").read_text().count("| fp8 |") == 1
+    text = (tmp_path / "quantize-tiny.md").read_text()
+    assert text.count("| fp8 |") == 1 and "unfinished" not in text
