@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 from cache_show import TITLES
 from matplotlib import pyplot as plt
-from quantize_rows import PLAIN
+from quantize_rows import PLAIN, WINNERS
 
 Result = Mapping[str, Any]
 
@@ -77,7 +77,9 @@ def markdown(network: str, report: Mapping[str, Any]) -> str:
 def plot(path: Path, network: str, results: Sequence[Result]) -> Path | None:
     """Gains over plain by method, a bar a format; None where there are none."""
     found = [row for row in measured(results) if gain(results, row, "sqnr_db") is not None]
-    methods = list(dict.fromkeys(row["method"] for row in found))
+    methods = sorted(
+        dict.fromkeys(row["method"] for row in found), key=lambda each: each == WINNERS
+    )
     if not methods:
         return None
     height = 1.6 + BAR * len(methods) * (len(COLORS) + 0.6)
@@ -109,4 +111,4 @@ def draw(
         axes.bar_label(bars, [f"{each:+.1f}" for each in gains], padding=2, fontsize=7)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.grid(alpha=0.25, axis="x")
-    axes.margins(x=0.12)
+    axes.margins(x=0.12, y=0.02)
