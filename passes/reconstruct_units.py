@@ -7,6 +7,10 @@ rounding, under scales that stay, and what does not lower the unit's loss is not
 METHODS 0.3; the loss is in `passes/reconstruct.py`.
 
 In memory are the values between one unit and the next, twice for each probe.
+
+A unit's loss falls on the probes; other prompts need not gain. With calibration's 4 probes of a
+small transformer at w4a8, GPTQ left 22.2 dB on prompts that it had not seen (26 dB on its own),
+learning 22.2 dB after 100 iterations and 21.8 dB after 300: with so few values, prefer GPTQ.
 """
 
 from __future__ import annotations
