@@ -90,7 +90,7 @@ def plot(path: Path, network: str, results: Sequence[Result]) -> Path | None:
         draw(axes, results, found, methods, key)
         axes.set_xlabel(f"{title}: gain over plain (dB)")
     panels[0].set_yticks(range(len(methods)), methods)
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(methods) - 0.4, -0.6)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False)
     figure.suptitle(TITLES[network], x=0.01, ha="left")
@@ -105,10 +105,12 @@ def draw(
     """One panel: bars side by side at each method's place, labelled at their ends."""
     for number, (format, color) in enumerate(COLORS.items()):
         rows = [row for row in found if row["format"] == format]
+        if not rows:
+            continue
         gains = [gain(results, row, key) or 0.0 for row in rows]
         places = [methods.index(row["method"]) + LINE * (number - 1) for row in rows]
         bars = axes.barh(places, gains, height=LINE, color=color, label=format)
         axes.bar_label(bars, [f"{each:+.1f}" for each in gains], padding=2, fontsize=7)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.grid(alpha=0.25, axis="x")
-    axes.margins(x=0.12, y=0.02)
+    axes.margins(x=0.12)
