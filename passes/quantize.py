@@ -21,7 +21,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import fx
 
-from effuse.calibrate import planned_groups
 from effuse.errors import PassError
 from effuse.graph import calls, clone, eliminate, module_path, substitute, value_of
 from effuse.kernels.formats import Format, parse
@@ -44,6 +43,7 @@ from effuse.passes.scores import quantize_scores
 from effuse.plan import Rate
 from effuse.program import Layer, Part, Program, prune_weights
 from effuse.statistics import Calibration, Needs
+from effuse.step_groups import planned_groups
 
 aten, ops = torch.ops.aten, torch.ops.effuse
 
@@ -93,15 +93,17 @@ class Quantize(Pass):
     resume: str = ""
     scores: int = 0
 
+    def __post_init__(self) -> None:
+        for name in (self.format, *(each for _, each in self.layers if each != "float")):
+            parse(name)
+
     @property
     def needs(self) -> Needs:
         """Histograms, where ranges are searched."""
         return Needs(histograms=self.ranges != "minmax")
 
     def requires(self, program: Program) -> str | None:
-        """Known formats, no quantization yet, and a schedule where ranges go by step."""
-        for name in (self.format, *(each for _, each in self.layers if each != "float")):
-            parse(name)
+        """No quantization yet, and a schedule where ranges go by step."""
         if any(calls(part.graph, *QUANTIZED) for part in program.parts):
             return "the program is quantized already"
         if self.activations == "step" and not program.timesteps:
@@ -139,9 +141,10 @@ class Quantize(Pass):
 
     def _check(self, layers: Sequence[Layer]) -> None:
         """See that the format's groups fit at least one of the layers."""
-        reasons = {each.reason for each in layers}
-        if layers and all("groups of" in reason for reason in reasons):
-            raise PassError(f"no layer can be quantized: {min(reasons)}")
+        reasons = [each.reason for each in layers]
+        unfit = [reason for reason in reasons if "groups of" in reason]
+        if unfit and all(reasons):
+            raise PassError(f"no layer can be quantized: {unfit[0]}")
         unknown = [path for path, _ in self.layers if path not in {each.name for each in layers}]
         if unknown:
             raise PassError(
@@ -156,15 +159,12 @@ class Quantize(Pass):
             return unwanted
         if (path, "float") in self.layers:
             return "asked for in float"
-        if problem := misfit(site, how):
-            return problem
-        if part.rate < Rate.STEP:
-            return None
-        if not self.edges and site in first_layers(part, program):
-            return "first layer"
-        if not self.edges and site in last_layers(part, program):
-            return "last layer"
-        return None
+        if part.rate is Rate.STEP and not self.edges:
+            if site in first_layers(part, program):
+                return "first layer"
+            if site in last_layers(part, program):
+                return "last layer"
+        return misfit(site, how)
 
     def format_of(self, site: fx.Node) -> Format:
         """The format of a layer."""

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from effuse.calibrate import calibrate, draw_calls, step_values
-from effuse.step_groups import group_of, planned_groups
 from effuse.capture import capture
 from effuse.draw import (
     DRAWS,
@@ -28,6 +27,7 @@ from effuse.errors import CalibrationError
 from effuse.graph import module_path, value_of
 from effuse.pass_manager import run_passes
 from effuse.passes import Cache, Canonicalize, Hoist
+from effuse.step_groups import group_of, planned_groups
 
 logging.getLogger("torch.__trace").disabled = True  # pytest's log capture would pay for it
 

@@ -20,13 +20,14 @@ from effuse.capture import capture
 from effuse.dump import dump
 from effuse.errors import ConfigError, PassError
 from effuse.graph import calls, clone, inputs, module_path
+from effuse.kernels.quantizers import find_scale, parse_quantizer, scale_of_range
 from effuse.pass_manager import run_passes
 from effuse.passes import Canonicalize, Hoist, Quantize
 from effuse.passes.base import Work
-from effuse.kernels.quantizers import find_scale, parse_quantizer, scale_of_range
 from effuse.passes.quantize_sites import last_layers
 from effuse.program import run_program
 from effuse.verify import exact_bound, verify
+
 
 def weight_scale(weight):
     return find_scale(weight.flatten(1), parse_quantizer("int8/channel"))[0][:, 0]
@@ -338,12 +339,12 @@ def test_no_calibration_is_a_clear_error():
 
 
 def test_an_unknown_format_is_refused():
-    with pytest.raises(ConfigError, match="'w8a7'.*did you mean 'w8a"):
+    with pytest.raises(ConfigError, match=r"'w8a7'.*did you mean 'w8a"):
         quantized(chain(), format="w8a7")
 
 
 def test_groups_that_fit_no_layer_are_refused_with_the_nearest_that_do():
-    with pytest.raises(PassError, match="no layer can be quantized.*groups of 64.*group18"):
+    with pytest.raises(PassError, match=r"no layer can be quantized.*groups of 64.*group18"):
         quantized(chain(), format="w4a4")
 
 

@@ -19,9 +19,9 @@ from effuse.capture import capture
 from effuse.dump import dump
 from effuse.graph import calls, evaluate, module_path, value_of
 from effuse.kernels.quantize import dequantize, quantize
+from effuse.kernels.quantizers import parse_quantizer, scale_of_range
 from effuse.pass_manager import run_passes
 from effuse.passes import Cache, Canonicalize, Hoist, Quantize, SplitShortcut
-from effuse.kernels.quantizers import parse_quantizer, scale_of_range
 from effuse.program import run_program, same_step, used_weights
 from effuse.verify import exact_bound, relative_error, verify
 
