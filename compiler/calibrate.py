@@ -14,7 +14,7 @@ from torch import fx
 
 from effuse.draw import Bottleneck, Counts, normal_counts, uniform_counts
 from effuse.errors import CalibrationError
-from effuse.plan import Plan, Rate, Role
+from effuse.plan import STEP_INPUT, Plan, Rate, Role
 from effuse.program import Part, Program
 from effuse.statistics import RANGES_ONLY, Calibration, Needs, Probes, Statistics
 from effuse.step_groups import group_of
@@ -67,9 +67,10 @@ class Recorder(Watch):
             self._taken[-1 if index is None else index] += 1
 
     def enter(self, part: Part, values: Mapping[str, torch.Tensor]) -> None:
-        """Keep the part's inputs now and then."""
+        """Keep the part's inputs now and then, and the step, which a pass may look things up by."""
         if self._takes or part.rate < Rate.STEP:
-            self.probes[part.name].add({name: values[name] for name in part.inputs})
+            names = dict.fromkeys((*part.inputs, *({STEP_INPUT} & values.keys())))
+            self.probes[part.name].add({name: values[name] for name in names})
 
     def observe(self, part: Part, node: fx.Node, value: Any) -> None:
         """Take the value into the statistics."""

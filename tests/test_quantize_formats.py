@@ -145,6 +145,26 @@ def test_ranges_by_step_fit_the_steps_of_small_values():
     assert noise(by_step, 90.0) == pytest.approx(noise(static, 90.0), rel=0.3)
 
 
+def test_ranges_by_step_where_nothing_else_is_looked_up_by_step():
+    class Timeless(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, sample, timestep):
+            return self.c(F.relu(self.b(self.a(sample))))
+
+    torch.manual_seed(0)
+    values = {"sample": torch.randn(2, 4), "timestep": torch.tensor([90.0, 90.0])}
+    program = capture(Timeless().eval(), values, timesteps=TIMES)
+    each = Quantize(activations="step")
+    result = run_passes(program, (Hoist(), each), lambda it: calibrate(it, None, step_values))
+    assert layer(result, "b").format == "w8a8"
+    (exact,), (output,) = run_program(program, values), run_program(result, values)
+    assert torch.allclose(exact, output, atol=3e-2)
+    assert not torch.equal(exact, output)
+
+
 def test_a_calibration_too_short_for_the_groups_is_refused():
     values = {"sample": torch.randn(2, 2, 8, 8), "timestep": torch.tensor([90.0, 90.0])}
     with pytest.raises(CalibrationError, match=r"too short for the step groups.*fewer step_groups"):
