@@ -58,6 +58,7 @@ class Recorder(Watch):
     def begin(self, values: Mapping[str, torch.Tensor], index: int | None) -> None:
         """Count the call, find its group of timesteps, and whether the draw takes it."""
         self._group = self._group_of(index)
+        self._step = torch.tensor([index or 0])
         self._takes = self._counts is None or (
             index is not None and self._taken[index] < self._counts[index]
         )
@@ -69,8 +70,8 @@ class Recorder(Watch):
     def enter(self, part: Part, values: Mapping[str, torch.Tensor]) -> None:
         """Keep the part's inputs now and then, and the step, which a pass may look things up by."""
         if self._takes or part.rate < Rate.STEP:
-            names = dict.fromkeys((*part.inputs, *({STEP_INPUT} & values.keys())))
-            self.probes[part.name].add({name: values[name] for name in names})
+            given = {name: values[name] for name in part.inputs}
+            self.probes[part.name].add({STEP_INPUT: self._step, **given})
 
     def observe(self, part: Part, node: fx.Node, value: Any) -> None:
         """Take the value into the statistics."""
