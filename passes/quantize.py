@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from effuse.errors import PassError
-from effuse.graph import calls, clone, eliminate, module_path, substitute, value_of
+from effuse.graph import calls, clone, eliminate, inputs, module_path, substitute, value_of
 from effuse.kernels.formats import Format, parse
 from effuse.passes.activation_scales import Ranges
 from effuse.passes.base import Pass, Work
@@ -40,7 +40,7 @@ from effuse.passes.reconstruct import Recipe as Learning
 from effuse.passes.reconstruct_units import rounded_by_reconstruction
 from effuse.passes.rounded import rounded_by_gptq, searched, weight_name
 from effuse.passes.scores import quantize_scores
-from effuse.plan import Rate
+from effuse.plan import STEP_INPUT, Depends, Rate
 from effuse.program import Layer, Part, Program, prune_weights
 from effuse.statistics import Calibration, Needs
 from effuse.step_groups import planned_groups
@@ -209,7 +209,9 @@ class Job:
         if self.options.scores and part.rate is Rate.STEP:
             quantize_scores(graph, self.program.sources, self.options.scores, self.work.log)
         eliminate(graph)
-        return replace(part, graph=graph, exact=False), layers
+        by_step = any(node.target == STEP_INPUT for node in inputs(graph))
+        depends = part.depends | Depends.TIMESTEP if by_step else part.depends
+        return replace(part, graph=graph, exact=False, depends=depends), layers
 
     def _ranges(self, part: Part) -> Ranges:
         groups = self.calibration.statistics.groups
