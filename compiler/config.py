@@ -137,7 +137,7 @@ class Config(BaseModel):
 
     def data(self) -> dict[str, Any]:
         """The resolved configuration as JSON-able data, for the manifest."""
-        passes = [{"name": each.name, **to_json(dataclasses.asdict(each))} for each in self.passes]
+        passes = [{"name": each.name, **to_json(each.options())} for each in self.passes]
         rest = {name: to_json(getattr(self, name)) for name in type(self).model_fields}
         return {**rest, "passes": passes}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -99,7 +98,7 @@ def record(each: Pass, log: Log, error: float | None, ratio: float | None) -> Re
     """The record of a pass that has run."""
     return Record(
         name=each.name,
-        options=to_json(dataclasses.asdict(each)),
+        options=to_json(each.options()),
         exact=each.exact,
         rewrites=dict(sorted(log.rewrites.items())),
         reasons={rule: dict(sorted(found.items())) for rule, found in sorted(log.reasons.items())},

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
 
 from effuse.log import Log
 from effuse.program import Program
@@ -53,6 +53,11 @@ class Pass:
     def ensures(self, program: Program) -> str | None:
         """What the result fails to hold, or None."""
         return None
+
+    def options(self) -> dict[str, Any]:
+        """The options that an artifact records: all but where the build machine keeps things."""
+        kept = [each for each in fields(self) if each.metadata.get("recorded", True)]
+        return {each.name: asdict(self)[each.name] for each in kept}
 
     def unwanted(self, path: str) -> str | None:
         """Why the person does not want the pass at this module path, or None."""

@@ -90,7 +90,7 @@ class Quantize(Pass):
     edges: bool = False
     layers: tuple[tuple[str, str], ...] = ()
     iterations: int = 500
-    resume: str = ""
+    resume: str = field(default="", metadata={"recorded": False})
     scores: int = 0
 
     def __post_init__(self) -> None:

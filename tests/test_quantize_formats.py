@@ -193,6 +193,11 @@ def test_layers_may_have_formats_of_their_own():
         quantized("w8a8", layers=(("wild", "float"),))
 
 
+def test_the_folder_of_a_build_is_not_recorded():
+    assert "resume" not in Quantize(resume="somewhere").options()
+    assert "somewhere" not in str(quantized(resume="somewhere").records)
+
+
 def test_a_constant_activation_is_quantized_without_a_zero_scale():
     class Constant(nn.Module):
         def __init__(self):
