@@ -2,6 +2,7 @@
 
 - scales looked up by step: the runtime fuses pairs with stored scales only, so that convolutions
   become QLinearConv and linears MatMulInteger here;
+- convolutions whose weights alone are quantized: their weights are made float once;
 - weights in groups of 4 bits: linears become MatMulNBits, with activations in float or (groups of
   the same size, dynamic) in 8-bit integers.
 """
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from effuse.graph import calls, emit, emit_weight, substitute
+from effuse.graph import calls, emit, emit_weight, substitute, value_of
 from effuse.kernels import integer as integer  # registers the ops
 from effuse.kernels import log2_attention as log2_attention
 from effuse.kernels import low_bit as low_bit
@@ -115,6 +116,25 @@ def by_group(activation: Any, weight: str) -> bool:
     wanted = Quantizer(parse_quantizer("int8").grid, "group", parse_quantizer(weight).group,
                        ranges="dynamic")  # fmt: skip
     return str(activation) == str(wanted)
+
+
+def restore_weights(graph: fx.Graph) -> None:
+    """Of convolutions in float: dequantize(q, s) -> q · s, which a session computes as it starts.
+
+    The runtime keeps DequantizeLinear, for pairs to be fused, and would run it at every step; and
+    a convolution is only fast on stored weights.
+    """
+    for node in calls(graph, aten.conv2d.default):
+        weight: Any = node.args[1]
+        if not _stored(weight) or _stored(node.args[0]):
+            continue
+        codes, scale, _, axis = weight.args
+        shape = [-1 if dim == axis else 1 for dim in range(value_of(codes).dim())]
+        with graph.inserting_before(node):
+            real = emit(graph, aten.to.dtype, codes, value_of(weight).dtype, like=weight)
+            factor = emit(graph, aten.reshape.default, scale, shape, like=weight)
+            new = emit(graph, aten.mul.Tensor, real, factor, like=weight)
+        node.replace_input_with(weight, new)
 
 
 def unsupported(graph: fx.Graph) -> str | None:

@@ -11,7 +11,7 @@ from onnxscript.ir import DataType
 from torch import fx
 
 from effuse.backends.onnx_attention import fuse_attention
-from effuse.backends.onnx_integer import bind_integer_layers, bind_nbits
+from effuse.backends.onnx_integer import bind_integer_layers, bind_nbits, restore_weights
 from effuse.backends.onnx_runtime_ops import MATMUL_NBITS, MULTI_HEAD_ATTENTION
 from effuse.graph import calls, eliminate, emit, emit_weight, substitute, value_of
 from effuse.kernels import dynamic as dynamic  # registers the ops
@@ -183,6 +183,7 @@ def prepare(graph: fx.Graph, weights: dict[str, torch.Tensor]) -> None:
     fuse_attention(graph)
     bind_integer_layers(graph)
     bind_nbits(graph, weights)
+    restore_weights(graph)
     transpose_quantized(graph, weights)
     eliminate(graph)
 
