@@ -63,6 +63,7 @@ class Writer:
         self._scales = Scales(self.graph, self.weights, self.ranges)
         self._pairs: dict[tuple[fx.Node, str], tuple[fx.Node, Scale]] = {}
         self._rounded: dict[tuple[fx.Node, str], fx.Node] = {}
+        self._layers: dict[fx.Node, fx.Node] = {}  # a new layer -> the one it stands for
 
     def quantized(self, site: fx.Node, how: Recipe) -> fx.Node:
         """New nodes after `site` that compute it as `how` says; the last of them."""
@@ -71,6 +72,7 @@ class Writer:
         with self.graph.inserting_before(anchor):
             new = self._method(how)(site, how)
         self.graph.erase_node(anchor)
+        self._layers[new] = site
         return new
 
     def _method(self, how: Recipe) -> Callable[[fx.Node, Recipe], fx.Node]:
@@ -177,7 +179,7 @@ class Writer:
         assert how.activation is not None
         scale: tuple[fx.Node | None, fx.Node | None] = (None, None)
         if how.activation.ranges != "dynamic":
-            found = self._scales.of(source, how.activation)
+            found = self._scales.of(self._measured(source), how.activation)
             scale = (found.scale, found.zero)
         text = str(how.activation)
         return self._emit(source, ops.fake_quantize.default, source, *scale, text)
@@ -187,8 +189,12 @@ class Writer:
         key = (source, str(how.activation))
         if key not in self._pairs:
             with self._after(source):
-                self._pairs[key] = self._pair(source, source, how)
+                self._pairs[key] = self._pair(source, self._measured(source), how)
         return self._pairs[key]
+
+    def _measured(self, source: fx.Node) -> fx.Node:
+        """The node at which calibration saw a value: a new layer has another name."""
+        return self._layers.get(source, source)
 
     def _after(self, source: fx.Node) -> Any:
         """The place behind a value; an input's is behind all inputs, and the step's group."""

@@ -193,6 +193,44 @@ def test_layers_may_have_formats_of_their_own():
         quantized("w8a8", layers=(("wild", "float"),))
 
 
+@pytest.mark.parametrize("name", ["w8a8", "int8/channel:uint4/tensor/asymmetric"])
+@pytest.mark.parametrize("kind", [nn.Linear, functools.partial(nn.Conv2d, kernel_size=1)])
+def test_a_layer_that_reads_a_layer_has_the_range_of_what_it_reads(name, kind):
+    """The new layer's own name is another one, and may be that of another value."""
+
+    class Straight(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(kind(4, 4) for _ in range(5))
+
+        def forward(self, sample):
+            for scale, each in zip((1, 30, 1 / 30, 30, 1), self.layers, strict=True):
+                sample = each(sample)
+                if scale == 30:
+                    sample = sample * scale
+            return sample
+
+    torch.manual_seed(0)
+    shape = (2, 4) if kind is nn.Linear else (2, 4, 3, 3)
+    values = {"sample": torch.randn(shape)}
+    program = capture(Straight().eval(), values)
+    found = calibrate(program, [values], step_values)
+    each = Quantize(name, min_sqnr_db=-100)
+    result = run_passes(program, (each,), lambda it: calibrate(it, [values], step_values))
+    graph = result.part("full").graph
+    written = [node for node in calls(graph, ops.quantize.default, ops.fake_quantize.default)
+               if node.args[1].op == "get_attr"]  # fmt: skip
+    assert written
+    ends = {round(float(v.low.min()), 4) for v in found.statistics.ranges.values()}
+    for node in written:
+        scale, zero = (result.weights[str(arg.target)] for arg in node.args[1:3])
+        low = -float(scale) * int(zero)
+        assert any(abs(low - min(end, 0)) <= float(scale) for end in ends)
+    (exact,), (output,) = run_program(program, values), run_program(result, values)
+    ratio = 10 * torch.log10(exact.square().sum() / (exact - output).square().sum())
+    assert ratio > (25 if name == "w8a8" else 5)
+
+
 def test_the_folder_of_a_build_is_not_recorded():
     assert "resume" not in Quantize(resume="somewhere").options()
     assert "somewhere" not in str(quantized(resume="somewhere").records)
