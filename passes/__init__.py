@@ -36,6 +36,7 @@ PRESETS: dict[str, tuple[Pass, ...]] = {
     "w8a8": (Hoist(), Quantize("w8a8")),
     "cache": (Hoist(), Cache()),
     "w8a8-cache": (Hoist(), Cache(), Quantize("w8a8")),
+    "w4a8": (Hoist(), Quantize("w4a8", rounding="gptq", correct_bias=True)),
     "w8a8-dynamic": (Hoist(), Quantize("w8a8", activations="dynamic")),
 }
 
