@@ -18,6 +18,10 @@ from effuse.graph import calls, fake_mode, source_line
 from effuse.plan import Role
 from effuse.rates import random
 
+# a frame that no user wrote: the capturing machinery's, or code generated at run time (sympy's
+# "<string>"), but for what was typed at a prompt
+_FOREIGN = re.compile(r"[/\\](torch|sympy|effuse|compiler)[/\\]|^<(?!stdin|ipython)")
+
 
 def check_model(model: nn.Module) -> None:
     """Refuse what would compile to nonsense: train mode, NaN or infinite weights."""
@@ -156,9 +160,7 @@ def explain(error: Exception) -> str:
         code = trace.tb_frame.f_code
         frames.append((code.co_filename, str(trace.tb_lineno), code.co_name))
         trace = trace.tb_next
-    mine = [
-        frame for frame in frames if not re.search(r"[/\\](torch|effuse|compiler)[/\\]", frame[0])
-    ]
+    mine = [frame for frame in frames if not _FOREIGN.search(frame[0])]
     where = 'File "{}", line {}, in {}'.format(*mine[-1]) if mine else "an unknown line"
     data = any(word in text for word in ("data-dependent", "Could not guard", "Eq(u", "unbacked"))
     remedy = (

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from effuse.backends.reference import session
 from effuse.capture import capture
+from effuse.capture_checks import explain
 from effuse.errors import CaptureError, ConfigError, InputError
 from effuse.examples import derive_inputs
 from effuse.pass_manager import run_passes
@@ -446,6 +447,17 @@ def test_branch_on_data_names_the_line_and_the_way_out() -> None:
     line = Branching.forward.__code__.co_firstlineno + 1
     assert f'File "{__file__}", line {line}, in forward' in str(caught.value)
     assert "torch.where" in str(caught.value)
+
+
+def test_generated_code_is_not_named_as_the_users_line() -> None:
+    def generated() -> None:
+        exec("raise RuntimeError('inside')")
+
+    try:
+        generated()
+    except RuntimeError as error:
+        text = explain(error)
+    assert f'File "{__file__}"' in text and "in generated" in text
 
 
 class Placed(nn.Module):
