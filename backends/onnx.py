@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from effuse.backends.onnx_integer import NATIVE, unsupported
+from effuse.backends.onnx_integer import NATIVE, STORED, unsupported
 from effuse.backends.onnx_ops import TRANSLATIONS, prepare
 from effuse.errors import BackendError, require
 from effuse.graph import clone, evaluate, inputs, value_of
@@ -84,7 +84,7 @@ def export_part(part: Part, weights: Mapping[str, torch.Tensor]) -> Any:
     if missing := unsupported(graph):
         raise BackendError(
             f"onnx: ONNX Runtime computes nothing with {missing} (in the part {part.name!r}); the "
-            f"nearest formats that it has are {', '.join(NATIVE)}; or study this one with "
+            f"nearest formats that it has are {', '.join(NATIVE + STORED)}; or study this one with "
             "backend='reference'"
         )
     lowered = Part(part.name, part.depends, graph, part.outputs)

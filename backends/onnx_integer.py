@@ -2,7 +2,8 @@
 
 - scales looked up by step: the runtime fuses pairs with stored scales only, so that convolutions
   become QLinearConv and linears MatMulInteger here;
-- convolutions whose weights alone are quantized: their weights are made float once;
+- layers whose weights alone are quantized, to other than 4 bits in groups: their weights are made
+  float once;
 - weights in groups of 4 bits: linears become MatMulNBits, with activations in float or (groups of
   the same size, dynamic) in 8-bit integers.
 """
@@ -23,7 +24,8 @@ from effuse.passes.quantize_writer import conv_options
 
 aten, ops = torch.ops.aten, torch.ops.effuse
 
-NATIVE = ("w8a8", "w8a16", "w4a16", "w4a8")  # formats that ONNX Runtime runs
+NATIVE = ("w8a8", "w4a16", "w4a8")  # formats that ONNX Runtime computes with
+STORED = ("w8a16",)  # and that it only reads from the file
 LEAST_GROUP = 16  # of MatMulNBits, whose groups are powers of two
 
 
@@ -119,12 +121,13 @@ def by_group(activation: Any, weight: str) -> bool:
 
 
 def restore_weights(graph: fx.Graph) -> None:
-    """Of convolutions in float: dequantize(q, s) -> q · s, which a session computes as it starts.
+    """Of layers in float: dequantize(q, s) -> q · s, which a session computes once, as it starts.
 
-    The runtime keeps DequantizeLinear, for pairs to be fused, and would run it at every step; and
-    a convolution is only fast on stored weights.
+    A convolution is only fast on stored weights. Of a linear the runtime would make MatMulNBits,
+    whose float kernel for 8 bits took 0.71 ms where float weights take 0.05 ((2, 384) x (384, 2304)
+    on 2 cores), and 0.32 for 0.21 at 256 rows.
     """
-    for node in calls(graph, aten.conv2d.default):
+    for node in calls(graph, aten.conv2d.default, aten.linear.default):
         weight: Any = node.args[1]
         if not _stored(weight) or _stored(node.args[0]):
             continue
