@@ -135,6 +135,18 @@ def linear_nbits(
     )  # fmt: skip
 
 
+def project(x: Any, matrix: Any) -> Any:
+    """effuse::project."""
+    return op.MatMul(x, op.Transpose(matrix, perm=[1, 0]))
+
+
+def project_conv(x: Any, matrix: Any, stride: Any, padding: Any, dilation: Any) -> Any:
+    """effuse::project_conv."""
+    return op.Conv(
+        x, matrix, strides=list(stride), pads=[*padding, *padding], dilations=list(dilation)
+    )
+
+
 def group_norm(
     x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, _: bool = True
 ) -> Any:
@@ -172,6 +184,8 @@ TRANSLATIONS: dict[Any, Any] = {
     ops.linear_integer.default: linear_integer,
     ops.linear_nbits.default: linear_nbits,
     ops.widen.default: widen,
+    ops.project.default: project,
+    ops.project_conv.default: project_conv,
     ops.linear_dynamic.default: linear_dynamic,
     ops.conv2d_dynamic.default: conv2d_dynamic,
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, get_args, get_type_hints
 
 from effuse.kernels.formats import parse
-from effuse.passes import ORDER, Pass, Quantize, Smooth, SplitShortcut, StartToken
+from effuse.passes import ORDER, LowRank, Pass, Quantize, Smooth, SplitShortcut, StartToken
 
 STUDIED = ("w8a8", "w4a4", "w4a8")  # with every method
 PLAIN_ONLY = ("fp8", "nvfp4", "mxfp4", "w4a16")
@@ -81,7 +81,20 @@ def studied(network: str, format: str) -> list[Row]:
     splits = SPLITS if network == "unet" else {}
     before = {**splits, "Smooth()": Smooth(format=format), "StartToken()": StartToken()}
     found += [Row(format, name, (each,)) for name, each in before.items()]
-    return [*found, Row(format, WINNERS)]
+    return [*found, Row(format, WINNERS), *branches(format)]
+
+
+def branches(format: str) -> list[Row]:
+    """With low-rank branches, in 4 bits; behind the winners, which they are no part of."""
+    if parse(format).weight.grid.bits > 4:
+        return []
+    branch, gptq = LowRank(format=format), {"rounding": "gptq"}
+    return [
+        Row(format, "LowRank, one round", (LowRank(format=format, rounds=1, inputs=False),)),
+        Row(format, "LowRank()", (branch,)),
+        Row(format, "LowRank(), gptq", (branch,), gptq),
+        Row(format, "Smooth(), LowRank(), gptq", (Smooth(format=format), branch), gptq),
+    ]
 
 
 def ranges_of(format: str) -> str | None:

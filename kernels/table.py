@@ -11,7 +11,15 @@ from typing import Any, Literal
 
 import torch
 
-from effuse.kernels import attention, dynamic, integer, log2_attention, low_bit, quantize
+from effuse.kernels import (
+    attention,
+    dynamic,
+    integer,
+    log2_attention,
+    low_bit,
+    low_rank,
+    quantize,
+)
 from effuse.kernels.quantizers import find_scale, parse_quantizer
 
 Sample = tuple[Any, ...]
@@ -142,6 +150,22 @@ def _attention_log2_samples(g: torch.Generator) -> list[Sample]:
     ]
 
 
+def _project_samples(g: torch.Generator) -> list[Sample]:
+    return [
+        (_uniform(g, 3, 7), _uniform(g, 2, 7)),
+        (_uniform(g, 2, 5, 2), _uniform(g, 6, 2)),
+        (_uniform(g, 0, 7), _uniform(g, 2, 7)),
+    ]
+
+
+def _project_conv_samples(g: torch.Generator) -> list[Sample]:
+    return [
+        (_uniform(g, 2, 3, 6, 5), _uniform(g, 2, 3, 3, 3), [1, 1], [1, 1], [1, 1]),
+        (_uniform(g, 2, 3, 7, 7), _uniform(g, 2, 3, 3, 3), [2, 2], [0, 0], [1, 1]),
+        (_uniform(g, 1, 2, 4, 4), _uniform(g, 6, 2, 1, 1), [1, 1], [0, 0], [1, 1]),
+    ]
+
+
 def _steps(g: torch.Generator, *shape: int) -> torch.Tensor:
     return torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
 
@@ -252,6 +276,22 @@ TABLE = (
         _conv_integer_samples,
         {"reference": "simulated", "onnx": "native"},
         "QLinearConv, for scales that are looked up by step",
+    ),
+    Op(
+        "project",
+        torch.ops.effuse.project.default,
+        low_rank.project_reference,
+        _project_samples,
+        {"reference": "simulated", "onnx": "native"},
+        "one half of a low-rank branch beside a linear layer; MatMul in float",
+    ),
+    Op(
+        "project_conv",
+        torch.ops.effuse.project_conv.default,
+        low_rank.project_conv_reference,
+        _project_conv_samples,
+        {"reference": "simulated", "onnx": "native"},
+        "one half of a low-rank branch beside a convolution; Conv in float",
     ),
     Op(
         "attention",

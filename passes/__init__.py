@@ -9,6 +9,7 @@ from effuse.passes.cache import Cache
 from effuse.passes.canonicalize import Canonicalize
 from effuse.passes.guidance import Guidance
 from effuse.passes.hoist import Hoist
+from effuse.passes.low_rank import LowRank
 from effuse.passes.quantize import Quantize
 from effuse.passes.skip import Skip
 from effuse.passes.smooth import Smooth
@@ -23,6 +24,7 @@ ORDER: tuple[type[Pass], ...] = (
     Skip,  # after the cache, whose variants it thins out
     SplitShortcut,  # before calibration, which then sees each operand of a concatenation apart
     Smooth,  # once it is settled which layers there are; its scales are for the rounding to come
+    LowRank,  # on smooth weights, and before their remainders are quantized
     Quantize,  # last of the rewrites: it measures the network as it will really run
     AutoBits,  # in Quantize's place: it measures, chooses formats, and has Quantize write them
     Guidance,  # behind all that changes the outputs, from which it tells what to leave out
@@ -49,6 +51,7 @@ __all__ = [
     "Canonicalize",
     "Guidance",
     "Hoist",
+    "LowRank",
     "Pass",
     "Quantize",
     "Skip",

@@ -11,11 +11,14 @@ import torch
 from torch import fx
 
 from effuse.graph import clone, evaluate
+from effuse.kernels import low_rank as low_rank  # registers the ops
 from effuse.metrics import CEILING_DB
 from effuse.passes.quantize_sites import Recipe
 from effuse.passes.quantize_writer import Writer
 
 aten = torch.ops.aten
+
+BRANCH = (torch.ops.effuse.project.default, torch.ops.effuse.project_conv.default)
 
 
 @dataclass
@@ -58,10 +61,13 @@ def measure(
 ) -> dict[str, Quality]:
     """Each layer's quantized twin against itself, on the same float inputs.
 
-    The twins stand beside the layers in a copy of the graph and feed nothing.
+    The twins stand beside the layers in a copy of the graph and feed nothing. Beside a low-rank
+    branch, the signal is the sum with it: the layer alone is what the branch has left over.
     """
     weights = dict(weights)
     copy, mapping = clone(graph)
+    sums = {total: mapping[site] for site in recipes if (total := with_branch(mapping[site]))}
+    remainders = set(sums.values())
     writing = writer(copy, weights)
     twins = {writing.quantized(mapping[site], how): mapping[site] for site, how in recipes.items()}
     wanted = set(twins.values())
@@ -75,9 +81,22 @@ def measure(
             site = twins[node]
             real = truth.pop(site).double()
             axis = -1 if site.target is aten.linear.default else real.dim() - 3
-            found.setdefault(site.name, Quality()).add(real, value.double() - real, axis)
+            quality = found.setdefault(site.name, Quality())
+            quality.add(real, value.double() - real, axis)
+            if site in remainders:
+                quality.signal -= real.square().sum().item()
+        elif node in sums:
+            found[sums[node].name].signal += value.double().square().sum().item()
 
     for number, probe in enumerate(probes, start=1):
         evaluate(copy, weights, probe, observe)
         progress("measure layers", number, len(probes))
     return found
+
+
+def with_branch(site: fx.Node) -> fx.Node | None:
+    """The sum of a layer and its low-rank branch, or None where it has no branch."""
+    total = next(iter(site.users), None)
+    if total is None or total.target is not aten.add.Tensor or len(site.users) > 1:
+        return None
+    return total if any(each.target in BRANCH for each in total.all_input_nodes) else None

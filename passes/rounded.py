@@ -55,8 +55,7 @@ def rounded_by_gptq(
     """
     layers = [site for site in recipes if _groups(site) == 1]
     found: dict[str, Rounded] = {}
-    for chunk in _chunks(layers):
-        hessians = _hessians(graph, weights, chunk, probes)
+    for chunk, hessians in hessians_by_chunk(graph, weights, layers, probes):
         for site in chunk:
             name, how = weight_name(site), recipes[site]
             first = start.get(name) or plain(weights[name], how)
@@ -72,6 +71,17 @@ def _gptq(
         start.values, hessian, start.scale, how.group, partial(nearest, grid=how.grid), start.zero
     )
     return Rounded(values, start.scale, start.zero)
+
+
+def hessians_by_chunk(
+    graph: fx.Graph, weights: Weights, layers: Sequence[fx.Node], probes: Probes
+) -> Iterator[tuple[list[fx.Node], dict[str, Hessian]]]:
+    """So many layers at once as memory allows, with what their weights' inputs were at the probes.
+
+    Layers are convolutions of one group and linears.
+    """
+    for chunk in _chunks(layers):
+        yield chunk, _hessians(graph, weights, chunk, probes)
 
 
 def _hessians(

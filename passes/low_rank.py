@@ -1,0 +1,256 @@
+"""LowRank: a thin branch in float carries what few bits hold worst; exact before quantization.
+
+    W x + b   =   (W - U D) x + b  +  U (D x)
+
+The remainder W - U D is an ordinary layer, which Quantize then writes in few bits, with any
+rounding; the branch is made of ops that it leaves alone (SVDQuant, METHODS 1.12). U and D are for
+the rounding of `format`, found by turns on the inputs of the calibration run (low_rank_factors.py).
+Layers that read one x share one D. Of a convolution, D is a convolution with `rank` channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from effuse.errors import ConfigError, PassError
+from effuse.graph import calls, clone, eliminate, emit, emit_weight, module_path, substitute
+from effuse.kernels.formats import parse
+from effuse.kernels.quantizers import round_trip
+from effuse.passes.base import Pass, Work
+from effuse.passes.low_rank_factors import decompose, metric_of
+from effuse.passes.quantize_measure import BRANCH
+from effuse.passes.quantize_sites import (
+    SITES,
+    Recipe,
+    first_layers,
+    last_layers,
+    misfit,
+    recipe,
+    sites,
+)
+from effuse.passes.quantize_writer import conv_options
+from effuse.passes.rounded import hessians_by_chunk, weight_name
+from effuse.plan import Rate
+from effuse.program import Part, Program, prune_weights
+
+aten, ops = torch.ops.aten, torch.ops.effuse
+
+RULE = "low_rank"
+
+
+@dataclass(frozen=True)
+class LowRank(Pass):
+    """Give the layers of the step program a branch of `rank`, for Quantize(format) after it.
+
+    Args:
+        rank: of the branch; at most min(out, in), which is the whole layer.
+        format: the format whose rounding the branch makes up for, as Quantize is given it.
+        rounds: at most this many turns of decomposition and rounding; it stops when the error of
+            the layer's output rises.
+        shared: whether layers that read one input share the half that reads it.
+        inputs: whether errors are weighed by the layers' inputs in calibration.
+        exact_svd: LAPACK's decomposition in place of the randomised one.
+        seed: of the randomised decomposition.
+        edges: whether the first and the last layer get one too, as in Quantize.
+    """
+
+    name: ClassVar[str] = "low_rank"
+    exact: ClassVar[bool] = True
+    calibrates: ClassVar[bool] = True
+
+    rank: int = 32
+    format: str = "w4a8"
+    rounds: int = 8
+    shared: bool = True
+    inputs: bool = True
+    exact_svd: bool = False
+    seed: int = 0
+    edges: bool = False
+
+    def __post_init__(self) -> None:
+        parse(self.format)
+        for name in ("rank", "rounds"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected 1 or more, came {getattr(self, name)!r}")
+
+    def requires(self, program: Program) -> str | None:
+        """No branch yet."""
+        if any(calls(part.graph, *BRANCH) for part in program.parts):
+            return "the program has low-rank branches already"
+        return None
+
+    def run(self, program: Program, work: Work) -> Program:
+        """Decompose every layer's weight, then write the branches into all variants."""
+        if self.inputs and work.calibration is None:
+            raise PassError(
+                "low_rank weighs errors by the layers' inputs: hand compile(calibration=run) a "
+                "function that samples with the model, or give inputs=False"
+            )
+        default = program.part(program.plan.default)
+        groups = self._groups(default, program, work)
+        branches: dict[str, Branch] = {}
+        errors: list[tuple[float, ...]] = []
+        for number, (group, metric) in enumerate(self._weighed(default, program, groups, work), 1):
+            if work.log.spend(RULE):
+                found, each = self._branches(group, program.weights, metric)
+                branches |= found
+                errors.append(each)
+            work.progress("low-rank branches", number, len(groups))
+        if not branches:
+            return program
+        work.log.note(summary(branches, errors, self.format))
+        return prune_weights(written(program, branches))
+
+    def _groups(self, part: Part, program: Program, work: Work) -> list[list[fx.Node]]:
+        """Layers to decompose together, each weight once: those that read one input."""
+        edges = set() if self.edges else first_layers(part, program) | last_layers(part, program)
+        grouped: dict[Any, list[fx.Node]] = {}
+        seen: set[str] = set()
+        for site in sites(part, program.weights):
+            reason = self._refused(site, part, edges)
+            if reason:
+                work.log.reject(RULE, reason)
+            elif weight_name(site) not in seen:
+                seen.add(weight_name(site))
+                alone = not self.shared or site.target is not aten.linear.default
+                grouped.setdefault(site if alone else site.args[0], []).append(site)
+        return list(grouped.values())
+
+    def _refused(self, site: fx.Node, part: Part, edges: set[fx.Node]) -> str | None:
+        if reason := self.unwanted(module_path(site)):
+            return reason
+        if site in edges:
+            return "the first or the last layer"
+        if site.target is not aten.linear.default and conv_options(site.args[3:])[3] != 1:
+            return "a grouped convolution"
+        return misfit(site, self._recipe(site, part.rate))
+
+    def _recipe(self, site: fx.Node, rate: Rate) -> Recipe:
+        return recipe(site, parse(self.format), rate, "format")
+
+    def _weighed(
+        self, part: Part, program: Program, groups: Sequence[list[fx.Node]], work: Work
+    ) -> Iterator[tuple[list[fx.Node], Tensor | None]]:
+        """The groups with C of their inputs, or None where errors are not weighed."""
+        if not self.inputs or work.calibration is None:
+            yield from ((group, None) for group in groups)
+            return
+        of = {group[0]: group for group in groups}  # the others read the same
+        probes = work.calibration.probes[part.name]
+        for chunk, found in hessians_by_chunk(part.graph, program.weights, list(of), probes):
+            for site in chunk:
+                yield of[site], metric_of(found.pop(weight_name(site)).value / 2)
+
+    def _branches(
+        self, group: Sequence[fx.Node], weights: Mapping[str, Tensor], metric: Tensor | None
+    ) -> tuple[dict[str, Branch], tuple[float, ...]]:
+        """The branches of layers that share D, and their output's error by round."""
+        stored = {weight_name(site): weights[weight_name(site)] for site in group}
+        rows = [each.float().flatten(1) for each in stored.values()]
+        how = self._recipe(group[0], Rate.STEP).weight
+        factors = decompose(
+            torch.cat(rows), self.rank, partial(round_trip, quantizer=how),
+            metric=metric, rounds=self.rounds,
+            exact=self.exact_svd, seed=self.seed,
+        )  # fmt: skip
+        ups = factors.up.split([len(each) for each in rows])
+        key = weight_name(group[0])
+        found = {name: Branch(key, up, factors.down) for name, up in zip(stored, ups, strict=True)}
+        return found, factors.errors
+
+
+@dataclass(frozen=True)
+class Branch:
+    """U (out, r) and D (r, in · kernel) of one weight; layers with the same `key` share D."""
+
+    key: str
+    up: Tensor
+    down: Tensor
+
+
+def written(program: Program, branches: Mapping[str, Branch]) -> Program:
+    """The program with every weight's branch in every variant."""
+    weights = dict(program.weights)
+    parts = []
+    for part in program.parts:
+        if part.rate is not Rate.STEP:
+            parts.append(part)
+            continue
+        graph, _ = clone(part.graph)
+        halves: dict[tuple[fx.Node, str], fx.Node] = {}
+        for site in calls(graph, *SITES):
+            branch = branches.get(weight_name(site))
+            if branch is not None:
+                _write(graph, weights, site, branch, halves)
+        eliminate(graph)
+        parts.append(replace(part, graph=graph))
+    return replace(program, parts=tuple(parts), weights=weights)
+
+
+def _write(
+    graph: fx.Graph, weights: dict[str, Tensor], site: fx.Node, branch: Branch,
+    halves: dict[tuple[fx.Node, str], fx.Node],
+) -> None:  # fmt: skip
+    """One layer as the remainder, plus the branch."""
+    x, weight, *rest = site.args
+    name = str(weight.target)  # type: ignore[union-attr]
+    whole = weights[name]
+    remainder = (whole.double().flatten(1) - branch.up.double() @ branch.down.double()).to(whole)
+    with graph.inserting_before(site):
+        less = emit_weight(graph, weights, f"{name}.rest", remainder.reshape(whole.shape))
+        new = emit(graph, site.target, x, less, *rest, like=site)
+        key: Any = (x, branch.key)
+        if key not in halves:
+            halves[key] = _down(graph, weights, site, branch)
+        both = emit(graph, aten.add.Tensor, new, _up(graph, weights, site, halves[key], branch))
+    substitute(site, both)
+
+
+def _down(graph: fx.Graph, weights: dict[str, Tensor], site: fx.Node, branch: Branch) -> fx.Node:
+    """D x."""
+    dtype, shape = weights[weight_name(site)].dtype, weights[weight_name(site)].shape
+    name, matrix = f"{branch.key}.down", branch.down.to(dtype)
+    made: fx.Node
+    if site.target is aten.linear.default:
+        made = emit(
+            graph, ops.project.default, site.args[0], emit_weight(graph, weights, name, matrix)
+        )
+        return made
+    stored = emit_weight(graph, weights, name, matrix.reshape(-1, *shape[1:]))
+    stride, padding, dilation, _ = conv_options(site.args[3:])
+    made = emit(graph, ops.project_conv.default, site.args[0], stored, stride, padding, dilation)
+    return made
+
+
+def _up(
+    graph: fx.Graph, weights: dict[str, Tensor], site: fx.Node, half: fx.Node, branch: Branch
+) -> fx.Node:
+    """U (D x)."""
+    name, matrix = f"{weight_name(site)}.up", branch.up.to(weights[weight_name(site)].dtype)
+    made: fx.Node
+    if site.target is aten.linear.default:
+        made = emit(graph, ops.project.default, half, emit_weight(graph, weights, name, matrix))
+        return made
+    stored = emit_weight(graph, weights, name, matrix[:, :, None, None])
+    made = emit(graph, ops.project_conv.default, half, stored, [1, 1], [0, 0], [1, 1])
+    return made
+
+
+def summary(
+    branches: Mapping[str, Branch], errors: Sequence[tuple[float, ...]], format: str
+) -> str:
+    """What the branches cost and gain, for the report."""
+    numbers = sum(each.up.numel() for each in branches.values())
+    numbers += sum(each.numel() for each in {b.key: b.down for b in branches.values()}.values())
+    gains = sorted(20 * math.log10(each[0] / min(each)) if min(each) else 0.0 for each in errors)
+    return (
+        f"{len(branches)} layers, {numbers / 1e6:.2f} M numbers in their branches; after the first "
+        f"round, the error in {format} fell by {gains[len(gains) // 2]:.1f} dB more in the middle"
+    )
