@@ -20,9 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cache import CONSOLE, bars, version
+from cache import CONSOLE, TABLE_WIDTH, bars, version
 from cache_bench import NETWORKS, Bench
 from cache_measure import psnrs
+from rich.console import Console
 from rich.table import Table
 
 from effuse.evaluate import machine
@@ -164,7 +165,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     table = Table(*COLUMNS.values())
     for each in rows:
         table.add_row(*(text(each.get(key)) for key in COLUMNS))
-    CONSOLE.print(table)
+    Console(width=max(CONSOLE.width, TABLE_WIDTH)).print(table)
 
 
 if __name__ == "__main__":

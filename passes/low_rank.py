@@ -160,7 +160,7 @@ class LowRank(Pass):
             metric=metric, rounds=self.rounds,
             exact=self.exact_svd, seed=self.seed,
         )  # fmt: skip
-        ups = factors.up.split([len(each) for each in rows])
+        ups = torch.split(factors.up, [len(each) for each in rows])
         key = weight_name(group[0])
         found = {name: Branch(key, up, factors.down) for name, up in zip(stored, ups, strict=True)}
         return found, factors.errors

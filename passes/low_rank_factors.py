@@ -116,9 +116,11 @@ def metric_of(second_moment: Tensor) -> Tensor:
     level = moment.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     damp = DAMP
     while True:
-        lower, failed = torch.linalg.cholesky_ex(moment + damp * level * torch.eye(len(moment)))
+        raised = moment + damp * level * torch.eye(len(moment))
+        lower, failed = torch.linalg.cholesky_ex(raised)
         if not failed:
-            return lower.float()
+            found: Tensor = lower.float()
+            return found
         damp *= 2
 
 

@@ -80,7 +80,7 @@ def test_ranges_by_step_for_convolutions_leave_linear_layers_alone(module):
 
 
 def test_only_takes_the_plain_row_along(module):
-    names = [row.name for row in module("quantize").chosen("dit", "w4a4.*gptq")]
+    names = [row.name for row in module("quantize").chosen("dit", "w4a4.*=.gptq")]
     assert names == ["w4a4", 'w4a4 + rounding="gptq"']
 
 

@@ -190,6 +190,19 @@ def attention_log2_by_hand(q, k, v, mask, causal, scale, bits, start):
     return np.einsum("nhst,nhte->nhse", rounded, v)
 
 
+def project_by_hand(x, matrix):
+    return np.einsum("...i,oi->...o", numpy_of(x).astype(np.float64), numpy_of(matrix))
+
+
+def project_conv_by_hand(x, matrix, stride, padding, dilation):
+    x, matrix = numpy_of(x).astype(np.float64), numpy_of(matrix).astype(np.float64)
+    x = np.pad(x, ((0, 0), (0, 0), *((p, p) for p in padding)))
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, matrix.shape[2:], strict=True)]
+    windows = np.lib.stride_tricks.sliding_window_view(x, reach, (2, 3))
+    windows = windows[:, :, :: stride[0], :: stride[1], :: dilation[0], :: dilation[1]]
+    return np.einsum("nchwkl,ockl->nohw", windows, matrix)
+
+
 def linear_integer_by_hand(q, scale, zero, weight, weight_scale, bias):
     steps = numpy_of(q).astype(np.int64) - int(zero)
     y = steps @ numpy_of(weight).astype(np.int64).T
@@ -212,6 +225,8 @@ def conv2d_integer_by_hand(
 
 BY_HAND = {
     "widen": widen_by_hand,
+    "project": project_by_hand,
+    "project_conv": project_conv_by_hand,
     "linear_nbits": nbits_by_hand,
     "attention": attention_by_hand,
     "attention_log2": attention_log2_by_hand,
