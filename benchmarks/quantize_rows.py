@@ -10,7 +10,10 @@ from effuse.kernels.formats import parse
 from effuse.passes import ORDER, LowRank, Pass, Quantize, Smooth, SplitShortcut, StartToken
 
 STUDIED = ("w8a8", "w4a4", "w4a8")  # with every method
-PLAIN_ONLY = ("fp8", "nvfp4", "mxfp4", "w4a16")
+NVFP4 = "e2m1/group16/scale-e4m3"
+LABELS = {f"{NVFP4}:{NVFP4}/dynamic": "nvfp4a4"}  # formats without a name of their own
+BRANCHED = ("nvfp4", *LABELS)  # with smoothing and branches
+PLAIN_ONLY = ("fp8", "mxfp4", "w4a16")
 PLAIN, WINNERS = "plain", "all winners"
 NO_BOUND = -99.0  # dB: no layer stays in float for its error, so rows quantize the same layers
 LEAST_GAIN = 0.1  # dB of a winner
@@ -45,7 +48,8 @@ class Row:
     @property
     def name(self) -> str:
         """The format, and what is added to it."""
-        return self.format if self.method == PLAIN else f"{self.format} + {self.method}"
+        label = LABELS.get(self.format, self.format)
+        return label if self.method == PLAIN else f"{label} + {self.method}"
 
     @property
     def quantize(self) -> Quantize:
@@ -66,6 +70,7 @@ class Row:
 def rows(network: str) -> list[Row]:
     """A network's rows; those of all winners are empty until `winners` fills them."""
     found = [row for format in STUDIED for row in studied(network, format)]
+    found += [row for format in BRANCHED for row in branched(format)]
     return [*found, *(Row(format, PLAIN) for format in PLAIN_ONLY)]
 
 
@@ -82,6 +87,12 @@ def studied(network: str, format: str) -> list[Row]:
     before = {**splits, "Smooth()": Smooth(format=format), "StartToken()": StartToken()}
     found += [Row(format, name, (each,)) for name, each in before.items()]
     return [*found, Row(format, WINNERS), *branches(format)]
+
+
+def branched(format: str) -> list[Row]:
+    """What SVDQuant is made of, on one format."""
+    return [Row(format, PLAIN), Row(format, "Smooth()", (Smooth(format=format),)),
+            *branches(format)]  # fmt: skip
 
 
 def branches(format: str) -> list[Row]:
