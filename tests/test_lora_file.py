@@ -43,6 +43,7 @@ LAYERS = (
     *ATTENTION,
     Layer(f"{BLOCK}.ff.net.0.proj", (16, 5)),
     Layer("mid_block.resnets.1.time_emb_proj", (4, 9)),
+    Layer("up_blocks.1.resnets.2.conv_shortcut", (4, 5, 1, 1)),
     Layer("up_blocks.1.upsamplers.0.conv", (4, 4, 3, 3)),
 )
 SPELLINGS = {  # layout, down, up, alpha
@@ -162,6 +163,7 @@ def test_processors_of_older_diffusers() -> None:
         ("input_blocks_0_0", "conv_in"),
         ("input_blocks_1_1_transformer_blocks_0_attn1_to_q", QUERY),
         ("middle_block_2_emb_layers_1", "mid_block.resnets.1.time_emb_proj"),
+        ("output_blocks_5_0_skip_connection", "up_blocks.1.resnets.2.conv_shortcut"),
         ("output_blocks_5_2_conv", "up_blocks.1.upsamplers.0.conv"),
     ],
 )
@@ -194,7 +196,7 @@ def of_cloneofsimo(count: int, layers: Sequence[Layer]) -> Tensors:
 
 @pytest.mark.parametrize("classes", [("CrossAttention", "GEGLU"), ("CrossAttention",), ()])
 def test_numbered_layers(classes: tuple[str, ...]) -> None:
-    first, second, forward = ATTENTION[:4], ATTENTION[4:], LAYERS[-3]
+    first, second, forward = ATTENTION[:4], ATTENTION[4:], LAYERS[-4]
     order = [*first, *([] if classes == ("CrossAttention",) else [forward]), *second]
     metadata = {"unet": json.dumps(classes), "sks": "<embed>"} if classes else {"sks": "<embed>"}
     tensors = of_cloneofsimo(9, order) | {"sks": torch.ones(8)}
@@ -260,6 +262,14 @@ BAD: Mapping[str, tuple[Tensors, tuple[str, ...]]] = {
     "shape": (
         spelled("unet", Layer(QUERY, (8, 5))),
         ("other shapes", f"{QUERY} (6, 5)", "(8, 2)", "(2, 5)"),
+    ),
+    "shape of down": (
+        spelled("kohya", Layer(QUERY, (6, 9))),
+        ("other shapes", f"{QUERY} (6, 5)", "(2, 9)"),
+    ),
+    "kernel": (
+        spelled("unet", Layer("conv_in", (4, 3, 1, 1))),
+        ("other shapes", "conv_in (4, 3, 3, 3)", "(2, 3, 1, 1)"),
     ),
     "up alone": ({UP: GOOD[UP]}, ("without up, or without down", UP)),
     "down alone": ({DOWN: GOOD[DOWN]}, ("without up, or without down", DOWN)),
