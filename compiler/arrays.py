@@ -28,8 +28,8 @@ class Arrays(Protocol):
     def floats(self, value: Any) -> np.ndarray[Any, Any]:
         """The values as a float32 numpy array."""
 
-    def array(self, value: np.ndarray[Any, Any]) -> Any:
-        """A numpy array as the back end's."""
+    def array(self, value: np.ndarray[Any, Any], dtype: str = "") -> Any:
+        """A numpy array as the back end's, in `dtype` if one is named."""
 
     def where(self, rows: np.ndarray[Any, Any], one: Any, other: Any) -> Any:
         """The rows (axis 0) of `one` where the mask `rows` is true, else those of `other`."""
@@ -71,9 +71,9 @@ class NumpyArrays:
         """The values in float32."""
         return np.asarray(value, dtype=np.float32)
 
-    def array(self, value: np.ndarray[Any, Any]) -> Any:
-        """The array itself."""
-        return value
+    def array(self, value: np.ndarray[Any, Any], dtype: str = "") -> Any:
+        """The array itself, or a copy in `dtype`."""
+        return value.astype(dtype, copy=False) if dtype else value
 
     def where(self, rows: np.ndarray[Any, Any], one: Any, other: Any) -> Any:
         """Row by row."""

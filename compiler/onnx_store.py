@@ -30,7 +30,10 @@ DTYPES = {
 
 
 class Store:
-    """Collects the large initializers of models, each content once, by its SHA-256."""
+    """Collects the large initializers of models, each content once, by its SHA-256.
+
+    Those that are inputs too are stored whatever their size, each under its own name.
+    """
 
     def __init__(self) -> None:
         self._tensors: dict[str, tuple[str, Any]] = {}  # digest -> name, ir tensor
@@ -42,12 +45,12 @@ class Store:
         """Note the large initializers of an onnx_ir model."""
         for name, value in sorted(model.graph.initializers.items()):
             tensor = value.const_value
-            if tensor is None or tensor.nbytes < INLINE_BYTES:
+            swappable = value.is_graph_input()
+            if tensor is None or (tensor.nbytes < INLINE_BYTES and not swappable):
                 continue
             data = tensor.tobytes()
-            digest = hashlib.sha256(
-                f"{tensor.dtype.name}{tuple(tensor.shape)}".encode() + data
-            ).hexdigest()
+            kind = f"{tensor.dtype.name}{tuple(tensor.shape)}{name if swappable else ''}"
+            digest = hashlib.sha256(kind.encode() + data).hexdigest()
             taken = {known for known, _ in self._tensors.values()}
             unique = name if name not in taken else f"{name}.{digest[:8]}"
             self._tensors.setdefault(digest, (unique, tensor))

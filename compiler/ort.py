@@ -67,6 +67,7 @@ def _run(part: PartSpec, folder: Path, options: Any, providers: list[str]) -> Ru
     except Exception as error:  # onnxruntime's exceptions have no common base
         raise ArtifactError(f"{path.name}: onnxruntime cannot load it: {error}") from error
     names = {item.name for item in session.get_inputs()}
+    names |= {item.name for item in session.get_overridable_initializers()}
 
     def run(values: Mapping[str, Any]) -> Sequence[Any]:
         feed = {name: value for name, value in values.items() if name in names}

@@ -197,6 +197,30 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """A layer W x + U (D x) whose factors a run may replace: where a LoRA goes.
+
+    Layers that read one x may share D, and then all of them are listed. With a `reason` the layer
+    takes no LoRA; its factors, if it has any, only keep to the rank of the D that they share.
+    """
+
+    path: str  # of the module
+    shape: tuple[int, ...]  # of the layer's weight
+    down: str = ""  # the weight that holds D, (r, in) or (r, in, kh, kw)
+    up: str = ""  # and U, (out, r) or (out, r, 1, 1)
+    reason: str = ""
+
+
+def factor_axes(adapters: Sequence[Adapter]) -> dict[str, tuple[int, str]]:
+    """The factors' names, with the axis of each that is its rank, and the D that ranks with it."""
+    found: dict[str, tuple[int, str]] = {}
+    for each in adapters:
+        if each.down:
+            found |= {each.down: (0, each.down), each.up: (1, each.down)}
+    return found
+
+
+@dataclass(frozen=True)
 class ProgramSpec:
     """All that a Session has to know of a program; graphs and weights are beside it."""
 
@@ -210,6 +234,8 @@ class ProgramSpec:
     timesteps: tuple[float, ...] | None = None
     bounds: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     steps: Mapping[str, int] = dataclasses.field(default_factory=dict)  # of an open size
+    adapters: tuple[Adapter, ...] = ()
+    max_rank: int = 0  # of all LoRAs on one layer together
 
     def part(self, name: str) -> PartSpec:
         """The part of that name."""
@@ -315,4 +341,8 @@ def spec_from_json(data: Mapping[str, Any]) -> ProgramSpec:
         timesteps=None if times is None else tuple(float(time) for time in times),
         bounds={name: (int(low), int(high)) for name, (low, high) in data["bounds"].items()},
         steps={name: int(step) for name, step in data["steps"].items()},
+        adapters=tuple(
+            Adapter(**{**item, "shape": tuple(item["shape"])}) for item in data.get("adapters", ())
+        ),
+        max_rank=int(data.get("max_rank", 0)),
     )

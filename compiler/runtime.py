@@ -79,6 +79,7 @@ class Session:
         self.guidance = Guidance(spec, self.arrays)
         self.steps: Counter[str] = Counter()  # how often each variant has run
         self._memory = {part.name: _Memory() for part in spec.parts if part.rate < Rate.STEP}
+        self._swapped: dict[str, Any] = {}
 
     @property
     def runs(self) -> dict[str, int]:
@@ -122,12 +123,22 @@ class Session:
         """The outputs of one variant, by name."""
         part = self.spec.part(variant)
         self.steps[variant] += 1
-        found = self._runs[variant]({name: env[name] for name in part.inputs})
+        found = self._runs[variant]({name: env[name] for name in part.inputs} | self._swapped)
         return dict(zip(part.outputs, found, strict=True))
 
     def reset(self) -> None:
         """Forget what is kept between steps: the next call runs the full variant."""
         self.trajectories.clear()
+
+    def swap(self, weights: Mapping[str, Any]) -> None:
+        """Run with these values of swappable weights, the back end's own arrays; others as stored.
+
+        What was computed before is forgotten.
+        """
+        self._swapped = dict(weights)
+        for memory in self._memory.values():
+            memory.entries.clear()
+        self.reset()
 
     def _environment(self, index: int | None, values: Mapping[str, Any]) -> dict[str, Any]:
         """What a variant may read: the inputs, the step's number, values of the slower parts."""
@@ -197,7 +208,7 @@ class Session:
             if all(self.arrays.same(known[name], needed[name]) for name in needed):
                 memory.entries.move_to_end(key)
                 return result
-        result = self._runs[part.name](needed)
+        result = self._runs[part.name](needed | self._swapped)
         memory.entries[memory.runs] = (
             {name: self.arrays.keep(value) for name, value in needed.items()},
             result,
