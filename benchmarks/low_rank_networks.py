@@ -21,10 +21,12 @@ METHODS = {  # of quantize_rows
     PLAIN: "plain",
     "Smooth()": "smoothed",
     'rounding="gptq"': "GPTQ",
+    "LowRank(8)": "low-rank, rank 8",
     "LowRank, one round": "low-rank, one round",
     "LowRank()": "low-rank",
     "LowRank(), gptq": "low-rank + GPTQ",
     "Smooth(), LowRank(), gptq": "smoothed + low-rank + GPTQ",
+    "Smooth(0.7), LowRank(), gptq": "smoothed (α = 0.7) + low-rank + GPTQ",
 }
 FIGURES = {"sqnr_db": "SQNR of a step, median, dB (gain)", "psnr_db": "PSNR of pictures, dB (gain)"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from low_rank_layers import Layer
 from quantize_rows import LABELS, NO_BOUND
@@ -28,6 +28,7 @@ class Method:
     smooth: bool = False
     branch: bool = False
     gptq: bool = False
+    alpha: float | Literal["search"] = "search"  # of smoothing
 
 
 METHODS = (
@@ -38,8 +39,10 @@ METHODS = (
     Method("low-rank + GPTQ", branch=True, gptq=True),
     Method("smooth + low-rank", smooth=True, branch=True),
     Method("smooth + low-rank + GPTQ", smooth=True, branch=True, gptq=True),
+    # Smooth looks for the exponent without the branch, which would bear a greater one
+    Method("smooth 0.7 + low-rank", smooth=True, branch=True, alpha=0.7),
 )
-PLAIN, SMOOTH, _, BRANCH, _, BOTH, _ = METHODS
+PLAIN, SMOOTH, _, BRANCH, _, BOTH, *_ = METHODS
 WITHOUT = {BRANCH: PLAIN, BOTH: SMOOTH}  # the methods of rank 0
 
 
@@ -77,7 +80,8 @@ class Row:
     @property
     def passes(self) -> tuple[Pass, ...]:
         """The passes; the layer is the first and the last of its network, hence `edges`."""
-        found: list[Pass] = [Smooth(format=self.format)] if self.method.smooth else []
+        smooth = Smooth(alpha=self.method.alpha, format=self.format)
+        found: list[Pass] = [smooth] if self.method.smooth else []
         if self.method.branch:
             found.append(LowRank(rank=self.rank, format=self.format, edges=True))
         rounding = "gptq" if self.method.gptq else "nearest"
