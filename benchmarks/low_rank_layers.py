@@ -3,9 +3,10 @@
     W  =  Q₁ diag(i^-a) Q₂ᵀ,  scaled to a mean square of 1 / in          a = DECAY
     x  =  (z M + e) / √2 · loud                       z, e ~ N(0, 1), z of in / MIX channels
 
-Q₁ and Q₂ are random with orthonormal columns; on the trained examples a is 0.2 to 0.5. M mixes z into all channels, so that they are
-correlated, each with variance 1. `loud` is 1 but for SHARE of the channels, drawn at random, which
-are multiplied by 10 to 100, uniform in the logarithm. The weight's columns there are as all others.
+Q₁ and Q₂ are random with orthonormal columns; on the trained examples a is 0.2 to 0.5. M mixes z
+into all channels, so that they are correlated, each with variance 1. `loud` is 1 but for SHARE of
+the channels, drawn at random, which are multiplied by 10 to 100, uniform in the logarithm. The
+weight's columns there are as all others.
 """
 
 from __future__ import annotations
