@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from effuse.errors import BackendError, require
 from effuse.graph import clone, evaluate, inputs, value_of
 from effuse.onnx_store import INLINE_BYTES, Store
 from effuse.ort import open_session
-from effuse.plan import ProgramSpec
+from effuse.plan import Adapter, ProgramSpec, factor_axes
 from effuse.program import Part, Program, used_weights
 from effuse.runtime import Session
+from effuse.weights import copied
 
 OPSET = 21
 
@@ -40,20 +41,27 @@ def available() -> str | None:
 
 
 class PartModule(nn.Module):
-    """A part as a module, for the exporter: positional inputs, weights as buffers."""
+    """A part as a module, for the exporter: positional inputs, weights as buffers.
 
-    def __init__(self, part: Part, weights: Mapping[str, torch.Tensor]) -> None:
+    Those in `swappable` are inputs too, behind the part's own.
+    """
+
+    def __init__(
+        self, part: Part, weights: Mapping[str, torch.Tensor], swappable: Sequence[str] = ()
+    ) -> None:
         super().__init__()
         self._part = part
-        self._names = {name: name.replace(".", "__") for name in sorted(used_weights(part))}
+        self._inputs = (*part.inputs, *swappable)
+        stored = sorted(used_weights(part) - set(swappable))
+        self._names = {name: name.replace(".", "__") for name in stored}
         for name, attribute in self._names.items():
             self.register_buffer(attribute, weights[name])
 
     def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The part's outputs."""
         weights = {name: getattr(self, attribute) for name, attribute in self._names.items()}
-        given = dict(zip(self._part.inputs, values, strict=True))
-        return evaluate(self._part.graph, weights, given)
+        given = dict(zip(self._inputs, values, strict=True))
+        return evaluate(self._part.graph, {**given, **weights}, given)
 
 
 def build(program: Program, folder: Path, progress: Any = lambda what, done, total: None) -> None:
@@ -68,18 +76,26 @@ def build(program: Program, folder: Path, progress: Any = lambda what, done, tot
     models = {}
     for number, part in enumerate(program.parts):
         progress("export to ONNX", number, len(program.parts))
-        models[part.name] = export_part(part, program.weights)
+        models[part.name] = export_part(part, program.weights, program.adapters)
         store.take(models[part.name])
+    adapters = require("onnx_ir.tensor_adapters")
+    for name in {each for slot in program.adapters for each in (slot.rows, slot.columns) if each}:
+        store.add(name, adapters.TorchTensor(program.weights[name], name=name))
     store.write(folder / "weights.safetensors")
     for name, model in models.items():
         store.save(model, folder / f"{name}.onnx")
     progress("export to ONNX", len(program.parts), len(program.parts))
 
 
-def export_part(part: Part, weights: Mapping[str, torch.Tensor]) -> Any:
-    """One part as an onnx_ir model, stripped of everything that names the build machine."""
+def export_part(
+    part: Part, weights: Mapping[str, torch.Tensor], adapters: Sequence[Adapter] = ()
+) -> Any:
+    """One part as an onnx_ir model, stripped of everything that names the build machine.
+
+    The adapters' factors are initializers that a run may override, of any rank.
+    """
     graph, _ = clone(part.graph)
-    own = dict(weights)
+    own = copied(weights)
     prepare(graph, own)
     if missing := unsupported(graph):
         raise BackendError(
@@ -88,14 +104,16 @@ def export_part(part: Part, weights: Mapping[str, torch.Tensor]) -> Any:
             "backend='reference'"
         )
     lowered = Part(part.name, part.depends, graph, part.outputs)
-    places = inputs(graph)
-    module = PartModule(lowered, own).eval()
-    dynamic = tuple(_open_axes(node) for node in places)
+    places, ranks = inputs(graph), _rank_axes(lowered, adapters)
+    module = PartModule(lowered, own, tuple(ranks)).eval()
+    dynamic = (*(_open_axes(node) for node in places), *ranks.values())
+    examples = [_example(node) for node in places]
+    examples += [_of_rank(own[name], axes) for name, axes in ranks.items()]
     with _quiet(), torch.no_grad():
         try:
             exported = torch.export.export(
                 module,
-                tuple(_example(node) for node in places),
+                tuple(examples),
                 dynamic_shapes={"values": dynamic} if any(dynamic) else None,
                 strict=False,
             )
@@ -103,7 +121,7 @@ def export_part(part: Part, weights: Mapping[str, torch.Tensor]) -> Any:
                 exported,
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=list(part.inputs),
+                input_names=[*part.inputs, *ranks],
                 output_names=list(part.outputs),
                 custom_translation_table=TRANSLATIONS,
                 verbose=False,
@@ -114,8 +132,41 @@ def export_part(part: Part, weights: Mapping[str, torch.Tensor]) -> Any:
                 f"onnx: the part {part.name!r} has no ONNX form: {reason}"
             ) from error
     assert program is not None
+    make_overridable(program.model, {name: own[name] for name in ranks}, ranks)
     strip(program.model)
     return program.model
+
+
+def _rank_axes(part: Part, adapters: Sequence[Adapter]) -> dict[str, dict[int, Any]]:
+    """The swappable weights of a part, each with its axis of open size; U has its D's rank."""
+    used = used_weights(part)
+    axes = {name: each for name, each in factor_axes(adapters).items() if name in used}
+    downs = dict.fromkeys(down for _, down in axes.values())
+    sizes = {down: torch.export.Dim(f"rank_{number}") for number, down in enumerate(downs)}
+    return {name: {axis: sizes[down]} for name, (axis, down) in axes.items()}
+
+
+def _of_rank(factor: torch.Tensor, axes: Mapping[int, Any], rank: int = 2) -> torch.Tensor:
+    """Zeros in the factor's place; the exporter takes a size of 1 for fixed."""
+    shape = [rank if axis in axes else size for axis, size in enumerate(factor.shape)]
+    return torch.zeros(shape, dtype=factor.dtype)
+
+
+def make_overridable(
+    model: Any, defaults: Mapping[str, torch.Tensor], axes: Mapping[str, Mapping[int, Any]]
+) -> None:
+    """Let these inputs of a model have defaults: initializers that a run may override.
+
+    `axes` names the open sizes, which the exporter numbers.
+    """
+    adapters = require("onnx_ir.tensor_adapters")
+    for value in model.graph.inputs:
+        if value.name in defaults:
+            stored = defaults[value.name].contiguous()
+            value.const_value = adapters.TorchTensor(stored, name=value.name)
+            for axis, size in axes[value.name].items():
+                value.shape[axis] = size.__name__
+            model.graph.register_initializer(value)
 
 
 def _open_axes(node: fx.Node) -> dict[int, Any]:
@@ -137,7 +188,7 @@ def strip(model: Any) -> None:
     for function in model.functions.values():
         for node in function:
             node.metadata_props.clear()
-    outputs = set(model.graph.outputs)
+    outputs, places = set(model.graph.outputs), set(model.graph.inputs)
     seen: set[str] = set()
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
@@ -150,7 +201,7 @@ def strip(model: Any) -> None:
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     for value in list(model.graph.initializers.values()):
-        if value.const_value.nbytes < INLINE_BYTES and value not in outputs:
+        if value.const_value.nbytes < INLINE_BYTES and value not in outputs | places:
             value.name = f"c{len(seen)}"
             seen.add(value.name)
 

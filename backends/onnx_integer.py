@@ -21,6 +21,7 @@ from effuse.kernels import log2_attention as log2_attention
 from effuse.kernels import low_bit as low_bit
 from effuse.kernels.quantizers import Quantizer, parse_quantizer
 from effuse.passes.quantize_writer import conv_options
+from effuse.weights import WeightStore
 
 aten, ops = torch.ops.aten, torch.ops.effuse
 
@@ -80,7 +81,7 @@ def _conv(graph: fx.Graph, node: fx.Node) -> None:
     substitute(out, new)
 
 
-def bind_nbits(graph: fx.Graph, weights: dict[str, torch.Tensor]) -> None:
+def bind_nbits(graph: fx.Graph, weights: WeightStore) -> None:
     """linear(x, unpack(int4 groups)) and linear(fake_quantize(x), …) -> linear_nbits."""
     for node in calls(graph, aten.linear.default):
         x, weight, bias = _arguments(node)[:3]
@@ -101,7 +102,7 @@ def bind_nbits(graph: fx.Graph, weights: dict[str, torch.Tensor]) -> None:
         substitute(node, new)
 
 
-def _offset(graph: fx.Graph, weights: dict[str, torch.Tensor], node: Any) -> fx.Node:
+def _offset(graph: fx.Graph, weights: WeightStore, node: Any) -> fx.Node:
     """The packed codes with 8 for 0, as the runtime's kernel wants them."""
     name = str(node.target)
     return emit_weight(graph, weights, f"{name}.offset", weights[name] ^ low_bit.OFFSET)

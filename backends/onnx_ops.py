@@ -16,6 +16,7 @@ from effuse.backends.onnx_runtime_ops import MATMUL_NBITS, MULTI_HEAD_ATTENTION
 from effuse.graph import calls, eliminate, emit, emit_weight, substitute, value_of
 from effuse.kernels import dynamic as dynamic  # registers the ops
 from effuse.kernels.quantizers import parse_quantizer
+from effuse.weights import WeightStore
 
 aten, ops = torch.ops.aten, torch.ops.effuse
 
@@ -137,14 +138,15 @@ def linear_nbits(
 
 def project(x: Any, matrix: Any) -> Any:
     """effuse::project."""
-    return op.MatMul(x, op.Transpose(matrix, perm=[1, 0]))
+    return op.MatMul(x, op.Transpose(op.CastLike(matrix, x), perm=[1, 0]))
 
 
 def project_conv(x: Any, matrix: Any, stride: Any, padding: Any, dilation: Any) -> Any:
     """effuse::project_conv."""
     return op.Conv(
-        x, matrix, strides=list(stride), pads=[*padding, *padding], dilations=list(dilation)
-    )
+        x, op.CastLike(matrix, x), strides=list(stride), pads=[*padding, *padding],
+        dilations=list(dilation),
+    )  # fmt: skip
 
 
 def group_norm(
@@ -191,7 +193,7 @@ TRANSLATIONS: dict[Any, Any] = {
 }
 
 
-def prepare(graph: fx.Graph, weights: dict[str, torch.Tensor]) -> None:
+def prepare(graph: fx.Graph, weights: WeightStore) -> None:
     """Rewrite a copy of a part for ONNX Runtime; exact."""
     idle_squeezes(graph)
     fuse_attention(graph)
@@ -210,12 +212,12 @@ def idle_squeezes(graph: fx.Graph) -> None:
             substitute(node, source)
 
 
-def _transposed(graph: fx.Graph, weights: dict[str, torch.Tensor], node: Any) -> fx.Node:
+def _transposed(graph: fx.Graph, weights: WeightStore, node: Any) -> fx.Node:
     name = str(node.target)
     return emit_weight(graph, weights, f"{name}.t", weights[name].t().contiguous())
 
 
-def transpose_quantized(graph: fx.Graph, weights: dict[str, torch.Tensor]) -> None:
+def transpose_quantized(graph: fx.Graph, weights: WeightStore) -> None:
     """linear(x, dequantize(W)) -> matmul(x, dequantize(Wᵀ)) + b: integer kernels take (in, out)."""
     for node in calls(graph, aten.linear.default):
         x, stored, *rest = node.args

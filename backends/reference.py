@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from effuse.errors import InputError
-from effuse.graph import Weights, evaluate
+from effuse.graph import evaluate
 from effuse.kernels import dynamic as dynamic  # registers the ops
-from effuse.plan import Input, ProgramSpec, Role
+from effuse.plan import Input, ProgramSpec, Role, factor_axes
 from effuse.program import Part, Program
 from effuse.runtime import Run, Session
 from effuse.serial import graph_from_json, graph_to_json
+from effuse.weights import Weights
 
 Observe = Callable[[Part, Any, Any], Any]
 
@@ -61,9 +63,10 @@ class TorchArrays:
         """The values as a float32 numpy array."""
         return np.asarray(value.float())
 
-    def array(self, value: np.ndarray[Any, Any]) -> Any:
+    def array(self, value: np.ndarray[Any, Any], dtype: str = "") -> Any:
         """A numpy array as a tensor."""
-        return torch.from_numpy(value)
+        tensor = torch.from_numpy(value)
+        return tensor.to(getattr(torch, dtype)) if dtype else tensor
 
     def where(self, rows: np.ndarray[Any, Any], one: Any, other: Any) -> Any:
         """Row by row."""
@@ -87,7 +90,9 @@ def session(
     `observe(part, node, value)` sees every value, `begin(inputs, index)` every call of the
     network, `enter(part, inputs)` every run of a part.
     """
-    runs = {part.name: _runner(part, program.weights, observe, enter) for part in program.parts}
+    runs = {
+        part.name: _runner(part, program.weights, (), observe, enter) for part in program.parts
+    }
     if begin is None:
         return Session(program.spec(), runs, TorchArrays())
     return _Watched(program, runs, begin)
@@ -111,6 +116,7 @@ class _Watched(Session):
 def _runner(
     part: Part,
     weights: Weights,
+    swappable: Collection[str] = (),
     observe: Observe | None = None,
     enter: Callable[[Part, Mapping[str, Any]], None] | None = None,
 ) -> Run:
@@ -119,8 +125,10 @@ def _runner(
     def run(values: Mapping[str, Any]) -> tuple[Any, ...]:
         if enter is not None:
             enter(part, values)
+        swapped = {name: values[name] for name in swappable if name in values}
+        stored: Weights = ChainMap(swapped, weights)  # type: ignore[arg-type]  # only read
         with torch.no_grad():
-            return evaluate(part.graph, weights, values, watch)
+            return evaluate(part.graph, stored, values, watch)
 
     return run
 
@@ -153,5 +161,6 @@ def load_session(spec: ProgramSpec, folder: Path) -> Session:
     runs = {}
     for part in spec.parts:
         graph = graph_from_json(graphs[part.name])
-        runs[part.name] = _runner(Part(part.name, part.depends, graph, part.outputs), weights)
+        whole = Part(part.name, part.depends, graph, part.outputs)
+        runs[part.name] = _runner(whole, weights, factor_axes(spec.adapters))
     return Session(spec, runs, TorchArrays())

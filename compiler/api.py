@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from effuse import artifact
 from effuse.errors import ArtifactError, require
+from effuse.lora import Loaded, Loras
 from effuse.plan import Plan, ProgramSpec, spec_from_json
 from effuse.runtime import Session
 
@@ -35,18 +36,26 @@ class Compiled:
 
     def __init__(
         self,
-        session: Session,
+        session: Session | None,
         manifest: Mapping[str, Any],
         folder: Path,
         seconds: Mapping[str, float] | None = None,
         keep: Any = None,
     ) -> None:
-        self.session = session
+        self._session = session
         self.manifest = manifest
         self.folder = folder
         self.seconds = dict(seconds or {})
         self._keep = keep  # holds the temporary folder, if the files live in one
         self.config = ModelConfig(manifest["model"].get("config", {}))
+        self._loras: Loras | None = None  # of the session, once one is loaded
+
+    @property
+    def session(self) -> Session:
+        """What runs the program; of a streamed build it is opened when it is first asked for."""
+        if self._session is None:
+            self._session = _open(self.manifest, self.folder)
+        return self._session
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run one step; takes and returns what the network's forward does.
@@ -56,6 +65,50 @@ class Compiled:
                 does not have the timestep.
         """
         return self.session(*args, **kwargs)
+
+    def load_lora(
+        self, path: str | os.PathLike[str], scale: float = 1.0, name: str | None = None
+    ) -> str:
+        """Add scale · up @ down of a LoRA file to the layers' weights; returns its name.
+
+        Several may be loaded at once. They belong to this object: `save` writes the artifact as it
+        was built.
+
+        Args:
+            path: a .safetensors file as peft, diffusers, kohya or cloneofsimo write it.
+            scale: a factor for the whole of it.
+            name: to unload it by; None: the file's name without its suffix.
+
+        Raises:
+            InputError: the file, or one of its layers, does not fit; nothing was loaded.
+        """
+        changed = self._known_loras.plus(Path(path), scale, name)
+        self._swap(changed)
+        return changed.loaded[-1].name
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Take the LoRA of that name away, as if it had never been loaded; None: all of them.
+
+        Raises:
+            InputError: no LoRA of that name is loaded.
+        """
+        self._swap(self._known_loras.minus(name))
+
+    @property
+    def loras(self) -> tuple[Loaded, ...]:
+        """The LoRAs that are loaded, in that order: `name`, `scale`, and `ranks` by layer."""
+        return self._known_loras.loaded
+
+    @property
+    def _known_loras(self) -> Loras:
+        return self._loras or Loras(self.session.spec, self.folder)
+
+    def _swap(self, changed: Loras) -> None:
+        """Let the session run with these LoRAs: with all of them, or as before."""
+        array = self.session.arrays.array
+        factors = changed.factors().items()
+        self.session.swap({name: array(each.value, each.dtype) for name, each in factors})
+        self._loras = changed
 
     @property
     def plan(self) -> str:
@@ -151,7 +204,7 @@ def compile(
     settings = resolve(config)
     with phases(progress) as show:
         with show.phase("capture"):
-            program = build.capture_program(model, inputs, schedule, settings)
+            program = build.capture_program(model, inputs, schedule, settings, show)
         with show.phase("rewrite"):
             program = build.rewrite(program, settings, calibration, show)
         holder = tempfile.TemporaryDirectory(prefix="effuse-")
@@ -179,23 +232,30 @@ def load(
         ArtifactError: the artifact is damaged, unsafe, or newer than this effuse.
     """
     opened = artifact.Opened(path)
-    manifest = opened.manifest
+    session = _open(opened.manifest, opened.folder, threads, tuple(providers), str(path))
+    return Compiled(session, opened.manifest, opened.folder, keep=opened)
+
+
+def _open(
+    manifest: Mapping[str, Any], folder: Path, threads: int = 0, providers: tuple[str, ...] = (),
+    path: str = "",
+) -> Session:  # fmt: skip
+    """A session over the files of an artifact."""
+    name = path or str(folder)
     try:
         spec: ProgramSpec = spec_from_json(manifest["program"])
         backend = manifest["backend"]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(
-            f"{path}: {artifact.MANIFEST} does not describe a program: {error}"
+            f"{name}: {artifact.MANIFEST} does not describe a program: {error}"
         ) from None
     if backend == "onnx":
         from effuse.ort import open_session
 
-        session = open_session(spec, opened.folder, threads=threads, providers=tuple(providers))
-    elif backend == "reference":
+        return open_session(spec, folder, threads=threads, providers=providers)
+    if backend == "reference":
         require("torch")
         from effuse.backends.reference import load_session
 
-        session = load_session(spec, opened.folder)
-    else:
-        raise ArtifactError(f"{path}: built for {backend!r}, which this effuse does not run")
-    return Compiled(session, manifest, opened.folder, keep=opened)
+        return load_session(spec, folder)
+    raise ArtifactError(f"{name}: built for {backend!r}, which this effuse does not run")

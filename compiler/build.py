@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from effuse import __version__, artifact
+from effuse import __version__, artifact, stream
 from effuse.calibrate import Progress, calibrate, draw_calls, drive, layer_values, needs_of
 from effuse.capture import capture
 from effuse.config import Config
@@ -40,24 +40,30 @@ from effuse.watch import Watch
 NUDGE = 1e-6  # relative: a few float32 roundings, as kernels differ from each other
 EXACT_DB = {"float32": 90.0, "float64": 90.0, "float16": 45.0}  # rounding alone, by dtype
 TIE_MARGIN_DB = 3.0  # two such runs of one network differ by up to this much in their distance
+UNCHECKED: Mapping[str, Any] = {"error": None, "sqnr_db": None}
 LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "numpy")
 
 
 def capture_program(
-    model: Any, inputs: Mapping[str, Any] | None, schedule: Any, config: Config
-) -> Program:
+    model: Any, inputs: Mapping[str, Any] | None, schedule: Any, config: Config,
+    progress: Progress = lambda what, done, total: None,
+) -> Program:  # fmt: skip
     """Capture the network, with example inputs derived where none are given."""
-    network = load_network(model) if isinstance(model, (str, os.PathLike)) else model
+    network = stream.ghost(model) if config.stream else load_network(model)
     times = timesteps_of(schedule)
     first = None if times is None else times[len(times) // 2]
     if inputs is None:
         from effuse.examples import derive_inputs
 
-        inputs = derive_inputs(network, timestep=first)
+        device = torch.device("cpu") if config.stream else None
+        inputs = derive_inputs(network, timestep=first, device=device)
     elif times is not None:
         inputs = on_schedule(inputs, times, config)
     known = None if times is None else as_given(times, inputs, config)
-    program = capture(network, inputs, roles=config.roles, dynamic=config.dynamic, timesteps=known)
+    given = stream.on_meta(inputs) if config.stream else inputs
+    program = capture(network, given, roles=config.roles, dynamic=config.dynamic, timesteps=known)
+    if config.stream:
+        program = stream.attach(program, Path(model), inputs, progress)
     parameters = {name for name, _ in network.named_parameters()}
     rates = rate_costs(program, parameter_names=parameters)
     return replace(
@@ -79,11 +85,13 @@ def plain_defaults(network: nn.Module, inputs: Mapping[str, Any]) -> dict[str, A
     }
 
 
-def load_network(path: str | os.PathLike[str]) -> nn.Module:
-    """The diffusers network that save_pretrained wrote to a folder, in eval mode."""
+def load_network(model: Any) -> nn.Module:
+    """The network itself, or the one that save_pretrained wrote to a folder, in eval mode."""
+    if not isinstance(model, (str, os.PathLike)):
+        return model  # type: ignore[no-any-return]
     from effuse.inspect_model import load_folder
 
-    return load_folder(Path(path))
+    return load_folder(Path(model))
 
 
 def timesteps_of(schedule: Any) -> torch.Tensor | None:
@@ -165,8 +173,8 @@ def rewrite(program: Program, config: Config, feed: Any, show: Phases) -> Progra
     return run_passes(
         program,
         (Canonicalize(), *config.passes),
-        run_calibration,
-        drive=run_sampling,
+        None if config.stream else run_calibration,
+        drive=stream.refuse_calibration if config.stream else run_sampling,
         fuel=fuel_from_environment(),
         dump_to=Path(folder) if folder else None,
         progress=show,
@@ -183,22 +191,28 @@ def pick_backend(config: Config) -> tuple[str, str | None]:
 
 def lower(
     program: Program, config: Config, folder: Path, show: Phases
-) -> tuple[Session, dict[str, Any]]:
-    """Build the program into `folder`, check it against reference, and complete the artifact."""
+) -> tuple[Session | None, dict[str, Any]]:
+    """Build the program into `folder`, check it against reference, and complete the artifact.
+
+    What is streamed is neither opened nor checked as a whole: that would take its memory.
+    """
     name, fallback = pick_backend(config)
     backend = importlib.import_module(f"effuse.backends.{name}")
     if reason := backend.available():
         raise BackendError(f"{name}: {reason}")
     backend.build(program, folder, show)
-    session: Session = backend.load_session(program.spec(), folder)
-    parity = check_parity(program, session, name)
+    session: Session | None = None
+    parity: Mapping[str, Any] = UNCHECKED
+    if not config.stream:
+        session = backend.load_session(program.spec(), folder)
+        parity = check_parity(program, session, name)
     text = "\n".join(f"# {part.name}\n{dump(part.graph)}" for part in program.parts)
     (folder / "graphs.txt.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
     described = describe(program, config, name, parity, fallback)
     return session, artifact.finish(folder, described)
 
 
-def check_parity(program: Program, session: Session, backend: str) -> dict[str, Any]:
+def check_parity(program: Program, session: Session, backend: str) -> Mapping[str, Any]:
     """Error (relative) and SQNR (dB) of a back end's outputs against reference on the examples.
 
     Every variant is checked, on slots that hold the same step's values; the worst one counts.
@@ -207,7 +221,7 @@ def check_parity(program: Program, session: Session, backend: str) -> dict[str, 
         BackendError: the back end computes something else.
     """
     if not program.examples:
-        return {"error": None, "sqnr_db": None}
+        return UNCHECKED
     with torch.no_grad():
         values = same_step(program, program.examples)
         found = [_parity(program, session, part, values, backend) for part in program.variants]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from torch import nn
@@ -46,6 +47,7 @@ class Request:
     batch: int | None = None
     dynamic: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    stream: bool = False
 
     def settings(self) -> Config:
         """The configuration, with the command line's overrides."""
@@ -53,6 +55,7 @@ class Request:
         given = {name: getattr(base, name) for name in type(base).model_fields}
         if self.backend is not None:
             given["backend"] = self.backend
+        given["stream"] = base.stream or self.stream
         given["roles"] = {**base.roles, **self.roles}
         given["dynamic"] = {**base.dynamic, **self.dynamic}
         return Config(**given)
@@ -119,7 +122,7 @@ def example_inputs(request: Request, network: nn.Module, times: Any) -> dict[str
 
     middle = None if times is None else times[len(times) // 2]
     batch = {} if request.batch is None else {"batch": request.batch}
-    return derive_inputs(network, timestep=middle, **batch)
+    return derive_inputs(network, timestep=middle, device=torch.device("cpu"), **batch)
 
 
 def check_folder(model: str) -> None:
@@ -146,9 +149,11 @@ def compile_to(request: Request, output: Path, page: Path | None, quiet: bool) -
     console = Console(quiet=True) if quiet else out()
     passes = ", ".join(each.name for each in settings.passes) or "no passes"
     console.print(f"compiling {escape(request.model)} for {settings.backend} ({passes})")
-    network = load_folder(Path(request.model))
+    folder = Path(request.model)
+    network = resolve(request.model) if settings.stream else load_folder(folder)
     inputs = example_inputs(request, network, build.timesteps_of(schedule))
-    compiled = api.compile(network, settings, inputs=inputs, schedule=schedule, progress=not quiet)
+    model = folder if settings.stream else network
+    compiled = api.compile(model, settings, inputs=inputs, schedule=schedule, progress=not quiet)
     compiled.save(output)
     if page is not None:
         with whole_file(page) as staged:

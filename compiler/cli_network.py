@@ -35,6 +35,9 @@ def compile_(
         list[str] | None, typer.Option(metavar="NAME=LOW:HIGH", help="Leave a size open.")
     ] = None,
     role: Roles = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Layer by layer, for networks larger than memory.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done.")] = False,
     report: Page = None,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")] = False,
@@ -43,12 +46,15 @@ def compile_(
 
     The artifact is a folder or zip that a device runs with numpy and onnxruntime, without torch.
     With --steps the timesteps are those of the scheduler in MODEL/scheduler, or of --scheduler;
-    what depends on the timestep only is then computed at build time.
+    what depends on the timestep only is then computed at build time. With --stream weights are
+    read from MODEL as they are needed; nothing calibrates then, which leaves the presets exact and
+    w4a16.
 
     \b
     Examples:
       effuse compile unet/ -o unet.effuse
       effuse compile unet/ -c w8a8 --steps 50 -o unet.zip --report unet.html
+      effuse compile unet/ -c w4a16 --stream --steps 30 -o unet.effuse
       effuse compile unet/ -c mine.toml --dynamic batch=1:8 --dry-run
     """
     from effuse import cli_build
@@ -56,7 +62,8 @@ def compile_(
     if output is None and not dry_run:
         raise typer.BadParameter("say where to write: -o OUT (or try --dry-run)")
     request = _request(model, config, steps, scheduler, timesteps, role, backend=backend,
-                       batch=batch, dynamic=ranges(dynamic or (), "--dynamic"))  # fmt: skip
+                       batch=batch, dynamic=ranges(dynamic or (), "--dynamic"),
+                       stream=stream)  # fmt: skip
     if dry_run or output is None:
         cli_build.dry_run(request, output, report)
     else:

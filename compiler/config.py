@@ -45,6 +45,8 @@ class Config(BaseModel):
         calibration_steps: which of its calls calibration records: `all`, `uniform` over the
             schedule (Q-Diffusion), `normal`, more of the clean end (PTQ4DM), or by `density` and
             variety of the network's middle feature (EDA-DM), which samples once more.
+        stream: compile a folder's weights layer by layer, a network larger than memory: nothing
+            calibrates, and the result is not compared with eager.
         calibration_calls: how many calls a draw records in all, a guided step in two calls being
             two; None: as many as the schedule has steps.
     """
@@ -60,6 +62,7 @@ class Config(BaseModel):
     step_groups: int = 10
     calibration_steps: str = "all"
     calibration_calls: int | None = None
+    stream: bool = False
 
     def __init__(self, **values: Any) -> None:
         for name in values:

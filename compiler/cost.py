@@ -19,10 +19,11 @@ from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
-from effuse.graph import Weights, calls, module_path
+from effuse.graph import calls, module_path
 from effuse.plan import Depends, Rate
 from effuse.program import Part, Program, used_weights
 from effuse.rates import dependences
+from effuse.weights import Weights, peek
 
 Shape = tuple[int, ...]
 
@@ -120,7 +121,7 @@ def rate_costs(
                 costs[depends[node].rate.name.lower()]["flops"] += node_flops(node)
     for name, rate in fastest.items():
         if parameter_names is None or name in parameter_names:
-            costs[rate.name.lower()]["parameters"] += program.weights[name].numel()
+            costs[rate.name.lower()]["parameters"] += peek(program.weights, name).numel()
     return costs
 
 
@@ -148,7 +149,7 @@ def _is_view(node: fx.Node) -> bool:
 
 def part_costs(part: Part, weights: Weights) -> dict[str, int]:
     """Calls, stored elements, bytes of weights, and operations of one part, for reports."""
-    stored = [weights[name] for name in used_weights(part)]
+    stored = [peek(weights, name) for name in used_weights(part)]
     return {
         "nodes": len(calls(part.graph)),
         "parameters": sum(tensor.numel() for tensor in stored),

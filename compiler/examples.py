@@ -84,18 +84,20 @@ def derive_inputs(
     batch: int = 2,
     timestep: torch.Tensor | None = None,
     size: int | None = None,
+    device: torch.device | None = None,
 ) -> dict[str, Any]:
     """Example inputs for `model.forward`, in the order of its arguments.
 
     `size` is the latent's height and width (default: the config's sample_size, else 32; 128 for
     networks on packed tokens). The timestep has shape () where the network takes a scalar, else
-    (batch,). A network on the meta device gets tensors on the meta device.
+    (batch,). They are on `device`, by default the network's: a network on the meta device gets
+    tensors on the meta device.
 
     Raises:
         InputError: an argument cannot be derived; give `inputs={...}` instead.
     """
     network = describe(model, batch, size)
-    device = next((each.device for each in model.parameters()), torch.device("cpu"))
+    own = next((each.device for each in model.parameters()), torch.device("cpu"))
     known = dict(ROWS)
     found: dict[str, Any] = {}
     for name, argument in inspect.signature(model.forward).parameters.items():
@@ -107,7 +109,7 @@ def derive_inputs(
         if value is not None:
             found[name] = value
     chosen = settle(model, network, found, timestep)
-    return pytree.tree_map_only(torch.Tensor, lambda each: each.to(device), chosen)  # type: ignore[no-any-return]
+    return pytree.tree_map_only(torch.Tensor, lambda each: each.to(device or own), chosen)  # type: ignore[no-any-return]
 
 
 def describe(model: nn.Module, batch: int, size: int | None) -> Network:

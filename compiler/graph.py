@@ -15,8 +15,10 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
 
-Weights = Mapping[str, torch.Tensor]
+from effuse.weights import Weights, WeightStore
+
 Observer = Callable[[fx.Node, Any], Any]
 
 INHERITED = ("nn_module_stack", "stack_trace")
@@ -76,14 +78,28 @@ def emit_input(graph: fx.Graph, name: str, value: Any) -> fx.Node:
     return node
 
 
-def emit_weight(
-    graph: fx.Graph, weights: dict[str, torch.Tensor], name: str, tensor: Any
-) -> fx.Node:
+def emit_weight(graph: fx.Graph, weights: WeightStore, name: str, tensor: Any) -> fx.Node:
     """A node that reads the weight `name`, which is stored as `tensor`."""
     weights[name] = tensor
     node = graph.get_attr(name)
     node.meta["val"] = fake_mode(graph).from_tensor(tensor, static_shapes=True)
     return node
+
+
+def move(graph: fx.Graph, device: torch.device) -> None:
+    """Let every recorded value, and every device that a call is told, be `device`."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(device)
+        return device if isinstance(value, torch.device) else value
+
+    with typing(graph):
+        for node in graph.nodes:
+            node.args = pytree.tree_map(moved, node.args)
+            node.kwargs = pytree.tree_map(moved, node.kwargs)
+            if "val" in node.meta:
+                node.meta["val"] = pytree.tree_map(moved, node.meta["val"])
 
 
 def unused_name(weights: Weights, name: str) -> str:

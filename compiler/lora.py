@@ -99,7 +99,8 @@ class Loras:
         changed = {path for each in self.loaded for path in each.pairs}
         touched = [group for group in groups(self.spec.adapters)
                    if changed & {each.path for each in group}]  # fmt: skip
-        names = {name for group in touched for each in group for name in (each.down, each.up)}
+        names = {name for group in touched for each in group
+                 for name in (each.down, each.up, each.rows, each.columns) if name}  # fmt: skip
         stored = stored_factors(self.folder, names)
         return {
             name: _fitting(name, factor)
@@ -191,6 +192,7 @@ def joined(
             pair = lora.pairs.get(each.path)
             if pair is None or each.reason:
                 continue
+            pair = smoothed(pair, each, stored)
             downs.append(pair.down.reshape(-1, *down.value.shape[1:]))
             for other in group:
                 scale = lora.scale if other is each else 0.0
@@ -198,6 +200,17 @@ def joined(
     found = {name: Factor(np.concatenate(parts, 1), stored[name].dtype)
              for name, parts in ups.items()}  # fmt: skip
     return {group[0].down: replace(down, value=np.concatenate(downs)), **found}
+
+
+def smoothed(pair: Pair, adapter: Adapter, stored: Mapping[str, Factor]) -> Pair:
+    """B A for a layer whose weight is stored as diag(rows) W diag(columns): likewise."""
+    up, down = pair.up, pair.down
+    if adapter.rows:
+        up = up * stored[adapter.rows].value[:, None]
+    if adapter.columns:
+        columns = stored[adapter.columns].value
+        down = down * columns.reshape(-1, *[1] * (down.ndim - 2))
+    return Pair(up, down)
 
 
 def _columns(up: Array, pair: Pair, scale: float) -> Array:

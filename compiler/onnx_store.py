@@ -56,6 +56,10 @@ class Store:
             self._tensors.setdefault(digest, (unique, tensor))
             self._uses.append((value, digest))
 
+    def add(self, name: str, tensor: Any) -> None:
+        """Store an ir tensor that no model reads."""
+        self._tensors[name] = (name, tensor)
+
     def write(self, path: Path) -> None:
         """Write the file, one tensor at a time."""
         header: dict[str, Any] = {}

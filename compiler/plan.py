@@ -208,6 +208,8 @@ class Adapter:
     shape: tuple[int, ...]  # of the layer's weight
     down: str = ""  # the weight that holds D, (r, in) or (r, in, kh, kw)
     up: str = ""  # and U, (out, r) or (out, r, 1, 1)
+    rows: str = ""  # the vectors that a pass has multiplied W with, (out,) and (in,), or none
+    columns: str = ""
     reason: str = ""
 
 

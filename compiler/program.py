@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from effuse.graph import Weights, evaluate, inputs, outputs
+from effuse.graph import evaluate, inputs, outputs
 from effuse.plan import (
     FORECAST_INPUT,
     ROLE_DEPENDS,
     STEP_INPUT,
+    Adapter,
     Depends,
     Input,
     PartSpec,
@@ -22,6 +23,7 @@ from effuse.plan import (
     Rate,
     Role,
 )
+from effuse.weights import Weights, WeightStore, only
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Program:
     result: Any
     outputs: tuple[str, ...]
     parts: tuple[Part, ...]
-    weights: dict[str, torch.Tensor]
+    weights: WeightStore
     plan: Plan = field(default_factory=Plan)
     timesteps: tuple[float, ...] | None = None
     bounds: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -95,6 +97,10 @@ class Program:
     model: Mapping[str, Any] = field(default_factory=dict)  # class, config and size, for people
     records: tuple[Record, ...] = ()
     layers: tuple[Layer, ...] = ()
+    adapters: tuple[Adapter, ...] = ()
+    max_rank: int = 0
+    factors: Mapping[str, Mapping[int, torch.Tensor]] = field(default_factory=dict)
+    """What Smooth has multiplied weights with: by the weight's name, then along which axis."""
 
     def part(self, name: str) -> Part:
         """The part of that name."""
@@ -138,6 +144,8 @@ class Program:
             timesteps=self.timesteps,
             bounds=self.bounds,
             steps=self.steps,
+            adapters=self.adapters,
+            max_rank=self.max_rank,
         )
 
 
@@ -150,8 +158,8 @@ def used_weights(*parts: Part) -> set[str]:
 def prune_weights(program: Program) -> Program:
     """Forget the weights that no part reads any more."""
     used = used_weights(*program.parts)
-    kept = {name: tensor for name, tensor in program.weights.items() if name in used}
-    return replace(program, weights=kept)
+    used |= {name for each in program.adapters for name in (each.rows, each.columns)}
+    return replace(program, weights=only(program.weights, used))
 
 
 def step_index(program: Program, values: Mapping[str, Any]) -> int:

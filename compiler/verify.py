@@ -15,11 +15,12 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from effuse.dump import around, type_text
 from effuse.errors import VerifyError
-from effuse.graph import Weights, module_path, outputs, recorded, source_line, typing
+from effuse.graph import module_path, outputs, recorded, source_line, typing
 from effuse.metrics import CEILING_DB, sqnr_db
 from effuse.plan import FORECAST_INPUT, STEP_INPUT, Plan, PlanStep, Rate
 from effuse.program import Part, Program, run_program, same_step
 from effuse.rates import dependences
+from effuse.weights import Weights, peek
 
 SPACES = ("aten", "effuse", "prims")  # where a graph's ops may come from
 
@@ -39,6 +40,8 @@ def verify(program: Program, after: Iterable[str] = ()) -> None:
         known |= set(part.outputs) if part.rate < Rate.STEP else set()
     if problem := check_plan(program):
         raise _noted(VerifyError(f"the plan: {problem}"), passes)
+    if problem := check_adapters(program):
+        raise _noted(VerifyError(f"the slots for LoRAs: {problem}"), passes)
 
 
 def check_part(part: Part, program: Program) -> str | None:
@@ -67,6 +70,19 @@ def check_plan(program: Program) -> str | None:
             return problem
         for name in step.fills:
             filled[name].insert(0, index)
+    return None
+
+
+def check_adapters(program: Program) -> str | None:
+    """What is wrong with the layers' swappable factors, or None."""
+    for each in program.adapters:
+        if not each.down:
+            continue
+        if missing := {each.down, each.up, each.rows, each.columns} - {"", *program.weights}:
+            return f"{each.path}: no weight is called {', '.join(sorted(missing))}"
+        down, up = (peek(program.weights, name).shape for name in (each.down, each.up))
+        if (up[0], *down[1:]) != each.shape or up[1] != down[0]:
+            return f"{each.path} {each.shape}: D is {tuple(down)} and U {tuple(up)}"
     return None
 
 
@@ -125,7 +141,7 @@ def check_weight(node: fx.Node, weights: Weights) -> str | None:
     """What is wrong with a node that reads a weight, or None."""
     if str(node.target) not in weights:
         return f"no weight is called {node.target!r}"
-    stored, stated = type_text(weights[str(node.target)]), type_text(node.meta["val"])
+    stored, stated = type_text(peek(weights, str(node.target))), type_text(node.meta["val"])
     return None if stored == stated else f"it is recorded as {stated}, but stored as {stored}"
 
 

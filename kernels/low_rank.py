@@ -3,8 +3,8 @@
     y  =  Q(W - U D) x  +  U (D x)          D (r, in), U (out, r), r far under both
 
 Of a convolution, D is one with r output channels and U is 1 × 1 (SVDQuant, METHODS 1.12). The ops
-are linear and convolution without bias; they are ops of their own so that no pass quantizes them,
-and so that back ends know a branch when they see it.
+are linear and convolution without bias, on a matrix that may be stored in fewer bits than x; they
+are ops of their own so that no pass quantizes them, and so that back ends know a branch.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from effuse.cost import FORMULAS, conv_flops, matmul_flops
 
 def project_reference(x: Tensor, matrix: Tensor) -> Tensor:
     """x (…, in), matrix (out, in) -> (…, out)."""
-    return F.linear(x, matrix)
+    return F.linear(x, matrix.to(x.dtype))
 
 
 def project_conv_reference(
     x: Tensor, matrix: Tensor, stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
     """x (n, in, h, w) or (in, h, w), matrix (out, in, kh, kw) -> (n, out, h', w') or without n."""
-    return F.conv2d(x, matrix, None, stride, padding, dilation)
+    return F.conv2d(x, matrix.to(x.dtype), None, stride, padding, dilation)
 
 
 @torch.library.custom_op("effuse::project", mutates_args=())
@@ -51,7 +51,7 @@ def project_conv(
 def _(
     x: Tensor, matrix: Tensor, stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
-    return F.conv2d(x, matrix, None, stride, padding, dilation).contiguous()
+    return project_conv_reference(x, matrix, stride, padding, dilation).contiguous()
 
 
 FORMULAS[project._opoverload.overloadpacket] = matmul_flops

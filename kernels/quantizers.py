@@ -135,14 +135,15 @@ def extent(x: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
     if quantizer.granularity == "tensor":
         low, high = x.aminmax()
     elif quantizer.granularity == "channel":
-        low, high = x.flatten(1).aminmax(dim=1, keepdim=True)
+        flat = x.flatten(1)  # torch's aminmax over one axis takes ten times as long
+        low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
     elif quantizer.granularity == "token":
-        low, high = x.aminmax(dim=-1, keepdim=True)
+        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     else:
         *lead, columns = x.shape
         check_group(columns, quantizer)
         groups = x.reshape(*lead, columns // quantizer.group, quantizer.group)
-        low, high = groups.aminmax(dim=-1)
+        low, high = groups.amin(-1), groups.amax(-1)
     return low, high
 
 

@@ -9,6 +9,7 @@ from effuse.passes.cache import Cache
 from effuse.passes.canonicalize import Canonicalize
 from effuse.passes.guidance import Guidance
 from effuse.passes.hoist import Hoist
+from effuse.passes.lora import Lora
 from effuse.passes.low_rank import LowRank
 from effuse.passes.quantize import Quantize
 from effuse.passes.skip import Skip
@@ -25,6 +26,7 @@ ORDER: tuple[type[Pass], ...] = (
     SplitShortcut,  # before calibration, which then sees each operand of a concatenation apart
     Smooth,  # once it is settled which layers there are; its scales are for the rounding to come
     LowRank,  # on smooth weights, and before their remainders are quantized
+    Lora,  # on layers in float, and LowRank's branches, which take LoRAs as they are
     Quantize,  # last of the rewrites: it measures the network as it will really run
     AutoBits,  # in Quantize's place: it measures, chooses formats, and has Quantize write them
     Guidance,  # behind all that changes the outputs, from which it tells what to leave out
@@ -39,6 +41,7 @@ PRESETS: dict[str, tuple[Pass, ...]] = {
     "cache": (Hoist(), Cache()),
     "w8a8-cache": (Hoist(), Cache(), Quantize("w8a8")),
     "w4a8": (Hoist(), Quantize("w4a8", rounding="gptq", correct_bias=True)),
+    "w4a16": (Hoist(), LowRank(format="w4a16", inputs=False), Quantize("w4a16")),
     "w8a8-dynamic": (Hoist(), Quantize("w8a8", activations="dynamic")),
 }
 
@@ -51,6 +54,7 @@ __all__ = [
     "Canonicalize",
     "Guidance",
     "Hoist",
+    "Lora",
     "LowRank",
     "Pass",
     "Quantize",

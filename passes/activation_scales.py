@@ -19,6 +19,7 @@ from effuse.plan import STEP_INPUT
 from effuse.ranges import Levels, Rounding, Uniform
 from effuse.statistics import Statistics, step_ranges
 from effuse.step_groups import group_of
+from effuse.weights import WeightStore
 
 aten = torch.ops.aten
 
@@ -87,7 +88,7 @@ class Scales:
     """Writes scales into one graph; the group of the step is looked up once."""
 
     graph: fx.Graph
-    weights: dict[str, torch.Tensor]
+    weights: WeightStore
     ranges: Ranges
     _group: fx.Node | None = None
 

@@ -11,12 +11,13 @@ from effuse.graph import emit, emit_weight
 from effuse.kernels import low_rank as low_rank  # registers the ops
 from effuse.passes.quantize_measure import BRANCH, with_branch
 from effuse.passes.quantize_writer import conv_options
+from effuse.weights import WeightStore
 
 aten, ops = torch.ops.aten, torch.ops.effuse
 
 
 def emit_down(
-    graph: fx.Graph, weights: dict[str, Tensor], site: fx.Node, name: str, matrix: Tensor
+    graph: fx.Graph, weights: WeightStore, site: fx.Node, name: str, matrix: Tensor
 ) -> fx.Node:
     """D x for the layer `site`, with D = `matrix` (r, in · kernel) stored as `name`."""
     made: fx.Node
@@ -32,7 +33,7 @@ def emit_down(
 
 
 def emit_up(
-    graph: fx.Graph, weights: dict[str, Tensor], half: fx.Node, name: str, matrix: Tensor
+    graph: fx.Graph, weights: WeightStore, half: fx.Node, name: str, matrix: Tensor
 ) -> fx.Node:
     """U h for the half `half` = D x, with U = `matrix` (out, r) stored as `name`."""
     made: fx.Node

@@ -45,6 +45,7 @@ from effuse.passes.signals import (
 from effuse.plan import Decision, Plan, PlanStep
 from effuse.program import Part, Program
 from effuse.structure import Structure, reused_share
+from effuse.weights import copied
 
 Mode = Literal["deep", "encoder", "block", "layer", "unit", "residual"]
 Named = Literal["uniform", "nonuniform", "propagation", "fitted"]
@@ -159,7 +160,7 @@ class Cache(Pass):
             return program
         if not work.log.spend("cache"):
             return program
-        stored = dict(program.weights)
+        stored = copied(program.weights)
         if self.correct and features is not None:
             runs = whole_runs(features, len(steps))
             adjust = corrector(corrections(features, steps, runs), stored)

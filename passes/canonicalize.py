@@ -24,6 +24,7 @@ from effuse.log import Log
 from effuse.passes.base import Pass, Work
 from effuse.program import Part, Program, prune_weights
 from effuse.rates import random
+from effuse.weights import WeightStore, copied
 
 aten = torch.ops.aten
 
@@ -50,7 +51,7 @@ class Canonicalize(Pass):
 
     def run(self, program: Program, work: Work) -> Program:
         """Canonicalize every part."""
-        weights = dict(program.weights)
+        weights = copied(program.weights)
         parts = [canonical(part, weights, work.log) for part in program.parts]
         return prune_weights(replace(program, parts=tuple(parts), weights=weights))
 
@@ -63,7 +64,7 @@ class Canonicalize(Pass):
         return None
 
 
-def canonical(part: Part, weights: dict[str, torch.Tensor], log: Log) -> Part:
+def canonical(part: Part, weights: WeightStore, log: Log) -> Part:
     """A canonical copy of a part."""
     graph, _ = clone(part.graph)
     views(graph, log)
@@ -174,7 +175,7 @@ def merge_duplicates(graph: fx.Graph, log: Log) -> None:
             substitute(node, first)
 
 
-def fold_constants(graph: fx.Graph, weights: dict[str, torch.Tensor], log: Log) -> None:
+def fold_constants(graph: fx.Graph, weights: WeightStore, log: Log) -> None:
     """Calls on weights and numbers alone -> a stored tensor, where that costs little space."""
     for node in calls(graph):
         sources = node.all_input_nodes
@@ -196,7 +197,7 @@ def _small(value: torch.Tensor, sources: list[fx.Node]) -> bool:
     return value.numel() <= max(FOLD_LIMIT, given)
 
 
-def _fold(graph: fx.Graph, node: fx.Node, weights: dict[str, torch.Tensor]) -> None:
+def _fold(graph: fx.Graph, node: fx.Node, weights: WeightStore) -> None:
     def real(source: fx.Node) -> torch.Tensor:
         return weights[str(source.target)]
 

@@ -17,6 +17,7 @@ from torch import fx
 from effuse.graph import emit, emit_input, emit_weight, fake_mode, inputs, value_of
 from effuse.passes.features import Array, Features, channel_axis
 from effuse.plan import STEP_INPUT, PlanStep, Slot
+from effuse.weights import WeightStore
 
 aten = torch.ops.aten
 
@@ -63,7 +64,7 @@ def least_squares(x: Array, y: Array, channels: Array, count: int) -> tuple[Arra
     return slope, mean_y - slope * mean_x
 
 
-def corrector(tables: Mapping[str, Table], weights: dict[str, torch.Tensor]) -> Adjust:
+def corrector(tables: Mapping[str, Table], weights: WeightStore) -> Adjust:
     """What writes a slot's correction behind its forecast; its tables become weights."""
 
     def adjust(graph: fx.Graph, slot: Slot, forecast: fx.Node) -> fx.Node:
@@ -79,7 +80,7 @@ def corrector(tables: Mapping[str, Table], weights: dict[str, torch.Tensor]) -> 
 
 
 def _row(
-    graph: fx.Graph, weights: dict[str, torch.Tensor], name: str, table: torch.Tensor, like: fx.Node
+    graph: fx.Graph, weights: WeightStore, name: str, table: torch.Tensor, like: fx.Node
 ) -> Any:
     """The step's row of a table, shaped to broadcast over `like`."""
     dims = value_of(like).dim()

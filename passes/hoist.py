@@ -25,16 +25,19 @@ from effuse.graph import (
     evaluate,
     fake_mode,
     inputs,
+    module_path,
     outputs,
     set_outputs,
     substitute,
     value_of,
 )
 from effuse.passes.base import Pass, Work
-from effuse.plan import STEP_INPUT, Depends, Rate, Role
+from effuse.passes.quantize_sites import sites
+from effuse.plan import STEP_INPUT, Adapter, Depends, Rate, Role
 from effuse.program import Part, Program, prune_weights
 from effuse.rates import dependences
 from effuse.verify import exact_bound, relative_error
+from effuse.weights import WeightStore, copied
 
 aten = torch.ops.aten
 
@@ -202,7 +205,7 @@ def tabulate(program: Program, work: Work) -> Program:
         return program
     if not work.log.spend("table"):
         return program
-    weights = dict(program.weights)
+    weights = copied(program.weights)
     parts = []
     for part in program.parts:
         if part is not schedule:
@@ -216,7 +219,15 @@ def tabulate(program: Program, work: Work) -> Program:
     work.log.note(
         f"{len(tables)} tables over {len(program.timesteps or ())} timesteps, {size / 1e3:.0f} kB"
     )
-    return prune_weights(program.with_parts(*parts, weights=weights))
+    gone = {module_path(site): _gone(site) for site in sites(schedule, program.weights)}
+    adapters = tuple(each for path, each in gone.items() if path)
+    return prune_weights(program.with_parts(*parts, weights=weights, adapters=adapters))
+
+
+def _gone(site: fx.Node) -> Adapter:
+    """What a LoRA for a layer of the schedule program finds."""
+    shape = tuple(value_of(site.args[1]).shape)  # type: ignore[arg-type]
+    return Adapter(module_path(site), shape, reason="Hoist has made tables of its values")
 
 
 def compact(program: Program, schedule: Part) -> dict[str, torch.Tensor] | str:
@@ -279,9 +290,7 @@ def _example(program: Program, item: Any, grow: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=example.dtype)
 
 
-def _read_table(
-    graph: fx.Graph, name: str, table: torch.Tensor, weights: dict[str, torch.Tensor]
-) -> None:
+def _read_table(graph: fx.Graph, name: str, table: torch.Tensor, weights: WeightStore) -> None:
     """placeholder `name` -> expand(index_select(table, 0, step_index))."""
     place = next(node for node in inputs(graph) if node.target == name)
     step = next((node for node in inputs(graph) if node.target == STEP_INPUT), None)

@@ -18,12 +18,13 @@ import torch
 from torch import fx
 
 from effuse.errors import PassError
-from effuse.graph import Weights, eliminate, evaluate, set_outputs
+from effuse.graph import eliminate, evaluate, set_outputs
 from effuse.passes.base import Work
 from effuse.passes.lone_layer import Lone
 from effuse.passes.sensitivity import Finals, repeatable
 from effuse.plan import Role
 from effuse.program import Part, Program, output_values
+from effuse.weights import Weights
 
 Lones = Mapping[fx.Node, Sequence[Lone]]
 Noises = dict[tuple[fx.Node, str], float]  # by layer and format

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -22,9 +22,10 @@ from torch import Tensor, fx
 from effuse.errors import ConfigError, PassError
 from effuse.graph import calls, clone, eliminate, emit, emit_weight, module_path, substitute
 from effuse.kernels.formats import parse
-from effuse.kernels.quantizers import round_trip
+from effuse.kernels.quantizers import Quantizer, round_trip
 from effuse.passes.base import Pass, Work
-from effuse.passes.low_rank_factors import decompose, metric_of
+from effuse.passes.branch import emit_down, emit_up
+from effuse.passes.low_rank_factors import Factors, decompose, metric_of
 from effuse.passes.quantize_measure import BRANCH
 from effuse.passes.quantize_sites import (
     SITES,
@@ -36,11 +37,13 @@ from effuse.passes.quantize_sites import (
     sites,
 )
 from effuse.passes.quantize_writer import conv_options
+from effuse.passes.resume import Store, key_of
 from effuse.passes.rounded import hessians_by_chunk, weight_name
 from effuse.plan import Rate
 from effuse.program import Part, Program, prune_weights
+from effuse.weights import WeightStore, copied
 
-aten, ops = torch.ops.aten, torch.ops.effuse
+aten = torch.ops.aten
 
 RULE = "low_rank"
 
@@ -59,6 +62,8 @@ class LowRank(Pass):
         exact_svd: LAPACK's decomposition in place of the randomised one.
         seed: of the randomised decomposition.
         edges: whether the first and the last layer get one too, as in Quantize.
+        resume: a folder that keeps finished branches, so that a build that was interrupted goes on.
+        half: whether branches are stored in float16; what that rounds off goes to the remainder.
     """
 
     name: ClassVar[str] = "low_rank"
@@ -73,6 +78,8 @@ class LowRank(Pass):
     exact_svd: bool = False
     seed: int = 0
     edges: bool = False
+    half: bool = True
+    resume: str = field(default="", metadata={"recorded": False})
 
     def __post_init__(self) -> None:
         parse(self.format)
@@ -154,16 +161,39 @@ class LowRank(Pass):
         """The branches of layers that share D, and their output's error by round."""
         stored = {weight_name(site): weights[weight_name(site)] for site in group}
         rows = [each.float().flatten(1) for each in stored.values()]
-        how = self._recipe(group[0], Rate.STEP).weight
-        factors = decompose(
-            torch.cat(rows), self.rank, partial(round_trip, quantizer=how),
-            metric=metric, rounds=self.rounds,
-            exact=self.exact_svd, seed=self.seed,
-        )  # fmt: skip
+        factors = self._factors(torch.cat(rows), self._recipe(group[0], Rate.STEP).weight, metric)
         ups = torch.split(factors.up, [len(each) for each in rows])
         key = weight_name(group[0])
-        found = {name: Branch(key, up, factors.down) for name, up in zip(stored, ups, strict=True)}
+        like = next(iter(stored.values()))
+        down = self._stored(factors.down, like)
+        found = {
+            name: Branch(key, self._stored(up, like), down)
+            for name, up in zip(stored, ups, strict=True)
+        }
         return found, factors.errors
+
+    def _factors(self, rows: Tensor, how: Quantizer, metric: Tensor | None) -> Factors:
+        """The factors of weights one under another, (out, in); finished ones from `resume`."""
+        options = (self.rank, self.rounds, self.exact_svd, self.seed)
+        store = Store.of(self.resume)
+        key = key_of(rows, metric, str(how), options) if store else ""
+        if store and (kept := store.read(key)):
+            return Factors(kept["up"], kept["down"], tuple(kept["errors"].tolist()))
+        found = decompose(
+            rows, self.rank, partial(round_trip, quantizer=how),
+            metric=metric, rounds=self.rounds, exact=self.exact_svd, seed=self.seed,
+            by_rows=how.granularity in ("group", "channel") and how.scale != "e4m3",
+        )  # fmt: skip
+        if store:
+            errors = torch.tensor(found.errors, dtype=torch.float64)
+            store.write(key, {"up": found.up, "down": found.down, "errors": errors})
+        return found
+
+    def _stored(self, factor: Tensor, like: Tensor) -> Tensor:
+        """A factor in the dtype that it is kept in: `like`'s, where float16 cannot hold it."""
+        half = factor.half() if self.half else factor
+        fits = half.dtype.itemsize < like.dtype.itemsize and half.isfinite().all()
+        return half if fits else factor.to(like)
 
 
 @dataclass(frozen=True)
@@ -177,7 +207,7 @@ class Branch:
 
 def written(program: Program, branches: Mapping[str, Branch]) -> Program:
     """The program with every weight's branch in every variant."""
-    weights = dict(program.weights)
+    weights = copied(program.weights)
     parts = []
     for part in program.parts:
         if part.rate is not Rate.STEP:
@@ -195,7 +225,7 @@ def written(program: Program, branches: Mapping[str, Branch]) -> Program:
 
 
 def _write(
-    graph: fx.Graph, weights: dict[str, Tensor], site: fx.Node, branch: Branch,
+    graph: fx.Graph, weights: WeightStore, site: fx.Node, branch: Branch,
     halves: dict[tuple[fx.Node, str], fx.Node],
 ) -> None:  # fmt: skip
     """One layer as the remainder, plus the branch."""
@@ -208,39 +238,10 @@ def _write(
         new = emit(graph, site.target, x, less, *rest, like=site)
         key: Any = (x, branch.key)
         if key not in halves:
-            halves[key] = _down(graph, weights, site, branch)
-        both = emit(graph, aten.add.Tensor, new, _up(graph, weights, site, halves[key], branch))
+            halves[key] = emit_down(graph, weights, site, f"{branch.key}.down", branch.down)
+        made = emit_up(graph, weights, halves[key], f"{name}.up", branch.up)
+        both = emit(graph, aten.add.Tensor, new, made)
     substitute(site, both)
-
-
-def _down(graph: fx.Graph, weights: dict[str, Tensor], site: fx.Node, branch: Branch) -> fx.Node:
-    """D x."""
-    dtype, shape = weights[weight_name(site)].dtype, weights[weight_name(site)].shape
-    name, matrix = f"{branch.key}.down", branch.down.to(dtype)
-    made: fx.Node
-    if site.target is aten.linear.default:
-        made = emit(
-            graph, ops.project.default, site.args[0], emit_weight(graph, weights, name, matrix)
-        )
-        return made
-    stored = emit_weight(graph, weights, name, matrix.reshape(-1, *shape[1:]))
-    stride, padding, dilation, _ = conv_options(site.args[3:])
-    made = emit(graph, ops.project_conv.default, site.args[0], stored, stride, padding, dilation)
-    return made
-
-
-def _up(
-    graph: fx.Graph, weights: dict[str, Tensor], site: fx.Node, half: fx.Node, branch: Branch
-) -> fx.Node:
-    """U (D x)."""
-    name, matrix = f"{weight_name(site)}.up", branch.up.to(weights[weight_name(site)].dtype)
-    made: fx.Node
-    if site.target is aten.linear.default:
-        made = emit(graph, ops.project.default, half, emit_weight(graph, weights, name, matrix))
-        return made
-    stored = emit_weight(graph, weights, name, matrix[:, :, None, None])
-    made = emit(graph, ops.project_conv.default, half, stored, [1, 1], [0, 0], [1, 1])
-    return made
 
 
 def summary(

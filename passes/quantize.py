@@ -42,8 +42,9 @@ from effuse.passes.rounded import rounded_by_gptq, searched, weight_name
 from effuse.passes.scores import quantize_scores
 from effuse.plan import STEP_INPUT, Depends, Rate
 from effuse.program import Layer, Part, Program, prune_weights
-from effuse.statistics import Calibration, Needs
+from effuse.statistics import Calibration, Needs, Statistics
 from effuse.step_groups import planned_groups
+from effuse.weights import WeightStore, copied
 
 aten, ops = torch.ops.aten, torch.ops.effuse
 
@@ -51,6 +52,7 @@ QUANTIZED = (ops.quantize.default, ops.dequantize.default, ops.linear_dynamic.de
              ops.conv2d_dynamic.default, ops.unpack.default, ops.fake_quantize.default,
              ops.widen.default)  # fmt: skip
 DB_PER_BIT = 3.0  # of the bound: half of what a bit is worth
+BLIND = {"rounding": "nearest", "correct_bias": False}  # options, as they are without calibration
 
 
 @dataclass(frozen=True)
@@ -117,11 +119,9 @@ class Quantize(Pass):
     def run(self, program: Program, work: Work) -> Program:
         """Quantize every part, measured on the calibration's probes."""
         if work.calibration is None:
-            raise PassError(
-                "quantize needs calibration: hand compile(calibration=run) a function that samples "
-                "with the model it is given, or leave calibration=None with a schedule"
-            )
-        job = Job(self, program, work, work.calibration, dict(program.weights))
+            self._check_blind(program)
+        seen = work.calibration or unseen_run(program)
+        job = Job(self, program, work, seen, copied(program.weights))
         default = program.plan.default
         order = sorted(program.parts, key=lambda part: part.name != default)
         done = {part.name: job.part(part) for part in order}  # others share the default's weights
@@ -138,6 +138,28 @@ class Quantize(Pass):
         parts = tuple(done[part.name][0] for part in program.parts)
         result = replace(program, parts=parts, weights=job.weights, layers=tuple(layers))
         return prune_weights(result)
+
+    def _check_blind(self, program: Program) -> None:
+        """See that nothing is asked for that takes calibration.
+
+        Raises:
+            PassError: something is.
+        """
+        part = program.part(program.plan.default)
+        asked = [name for name, plain in BLIND.items() if getattr(self, name) != plain]
+        for site in sites(part, program.weights):
+            how = recipe(site, self.format_of(site), part.rate, self.activations)
+            if how.activation is not None and how.activation.ranges != "dynamic":
+                kind = "linear layers" if site.target is aten.linear.default else "convolutions"
+                asked.append(f"format={how.format!r}, whose {kind} read calibrated ranges,")
+                break
+        if asked:
+            raise PassError(
+                f"quantize: {asked[0]} needs calibration: hand compile(calibration=run) a function "
+                "that samples with the model it is given, or leave calibration=None with a "
+                "schedule; in a build with stream=True, which cannot calibrate, format='w4a16' and "
+                "'w8a16' with nearest rounding are what is left"
+            )
 
     def _check(self, layers: Sequence[Layer]) -> None:
         """See that the format's groups fit at least one of the layers."""
@@ -180,7 +202,7 @@ class Job:
     program: Program
     work: Work
     calibration: Calibration
-    weights: dict[str, torch.Tensor]
+    weights: WeightStore
     rounded: dict[str, Rounded] = field(default_factory=dict)
 
     def part(self, part: Part) -> tuple[Part, list[Layer]]:
@@ -202,10 +224,11 @@ class Job:
             quality = self._measure(part, wanted, ranges, shifts)
         graph, mapping = clone(part.graph)
         writer = Writer(graph, self.weights, ranges, self.rounded, shifts)
-        layers = [
-            self._settle(site, how, reasons[site], quality.get(site.name), writer, mapping)
-            for site, how in recipes.items()
-        ]
+        layers = []
+        for number, (site, how) in enumerate(recipes.items(), start=1):
+            ratio = quality.get(site.name)
+            layers.append(self._settle(site, how, reasons[site], ratio, writer, mapping))
+            self.work.progress("quantize layers", number, len(recipes))
         if self.options.scores and part.rate is Rate.STEP:
             quantize_scores(graph, self.program.sources, self.options.scores, self.work.log)
         eliminate(graph)
@@ -282,6 +305,11 @@ class Job:
         else:
             reason = "out of fuel"
         return layer(site, how.format, ratio, reason)
+
+
+def unseen_run(program: Program) -> Calibration:
+    """What is known without calibration: nothing."""
+    return Calibration(Statistics(), {part.name: () for part in program.parts}, 0)
 
 
 def fits(site: fx.Node, how: Recipe, ranges: Ranges) -> bool:

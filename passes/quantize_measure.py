@@ -15,6 +15,7 @@ from effuse.kernels import low_rank as low_rank  # registers the ops
 from effuse.metrics import CEILING_DB
 from effuse.passes.quantize_sites import Recipe
 from effuse.passes.quantize_writer import Writer
+from effuse.weights import Weights, WeightStore, copied
 
 aten = torch.ops.aten
 
@@ -53,9 +54,9 @@ class Quality:
 
 def measure(
     graph: fx.Graph,
-    weights: Mapping[str, torch.Tensor],
+    weights: Weights,
     recipes: Mapping[fx.Node, Recipe],
-    writer: Callable[[fx.Graph, dict[str, torch.Tensor]], Writer],
+    writer: Callable[[fx.Graph, WeightStore], Writer],
     probes: Sequence[Mapping[str, torch.Tensor]],
     progress: Callable[[str, int, int], None],
 ) -> dict[str, Quality]:
@@ -64,7 +65,9 @@ def measure(
     The twins stand beside the layers in a copy of the graph and feed nothing. Beside a low-rank
     branch, the signal is the sum with it: the layer alone is what the branch has left over.
     """
-    weights = dict(weights)
+    if not probes:
+        return {}
+    weights = copied(weights)
     copy, mapping = clone(graph)
     sums = {total: mapping[site] for site in recipes if (total := with_branch(mapping[site]))}
     remainders = set(sums.values())

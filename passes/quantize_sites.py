@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +14,7 @@ from effuse.kernels.quantizers import Quantizer, check_group
 from effuse.plan import Depends, Rate
 from effuse.program import Part, Program
 from effuse.rates import dependences
+from effuse.weights import Weights, peek
 
 aten = torch.ops.aten
 
@@ -76,13 +76,13 @@ def misfit(site: fx.Node, how: Recipe) -> str | None:
     return None
 
 
-def sites(part: Part, weights: Mapping[str, torch.Tensor]) -> list[fx.Node]:
+def sites(part: Part, weights: Weights) -> list[fx.Node]:
     """The linear and convolution calls whose weight is stored and in floating point."""
     found = []
     for node in calls(part.graph, *SITES):
         weight = node.args[1]
         stored = isinstance(weight, fx.Node) and weight.op == "get_attr"
-        if stored and weights[str(weight.target)].is_floating_point():  # type: ignore[union-attr]
+        if stored and peek(weights, str(weight.target)).is_floating_point():  # type: ignore[union-attr]
             found.append(node)
     return found
 

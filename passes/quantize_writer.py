@@ -16,6 +16,7 @@ from effuse.kernels.packing import pack
 from effuse.kernels.quantizers import find_scale, to_codes
 from effuse.passes.activation_scales import Ranges, Scale, Scales
 from effuse.passes.quantize_sites import Recipe
+from effuse.weights import WeightStore
 
 aten, ops = torch.ops.aten, torch.ops.effuse
 
@@ -54,7 +55,7 @@ class Writer:
     """
 
     graph: fx.Graph
-    weights: dict[str, torch.Tensor]
+    weights: WeightStore
     ranges: Ranges
     rounded: Mapping[str, Rounded] = field(default_factory=dict)
     shifts: Mapping[str, torch.Tensor] = field(default_factory=dict)

@@ -16,20 +16,14 @@ with so few values, prefer GPTQ.
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
 from collections import ChainMap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 
-from effuse.errors import PassError
 from effuse.graph import evaluate, inputs
 from effuse.kernels.quantizers import Quantizer, round_trip
 from effuse.passes.adaround import Rounding
@@ -38,11 +32,13 @@ from effuse.passes.quantize_sites import Recipe
 from effuse.passes.quantize_writer import Rounded, plain
 from effuse.passes.reconstruct import Example, reconstruct
 from effuse.passes.reconstruct import Recipe as Learning
+from effuse.passes.resume import Store, key_of
 from effuse.passes.rounded import rounded_by_gptq, weight_name
 from effuse.passes.units import Frontier, Unit, piece, units
 from effuse.program import Part, Program
 
 Progress = Callable[[str, int, int], None]
+SHARE = "loss / GPTQ's"  # the name of this figure beside the weights in a finished unit's file
 
 
 @dataclass(frozen=True)
@@ -172,13 +168,12 @@ class _Run:
 
     def _key(self, names: Collection[str], *data: Sequence[Any]) -> str:
         """What decides a unit's result: the recipe, the start, inputs and targets."""
-        hash = hashlib.sha256(repr(astuple(self._learning)).encode())
-        for name in names:
-            start = self._start[name]
-            hash.update(f"{name} {self._how[name]}".encode())
-            _feed(hash, (start.values, start.scale, start.zero))
-        _feed(hash, data)
-        return hash.hexdigest()
+        starts = {name: (str(self._how[name]), *_parts(self._start[name])) for name in names}
+        return key_of(astuple(self._learning), starts, data)
+
+
+def _parts(start: Rounded) -> tuple[Tensor | None, ...]:
+    return start.values, start.scale, start.zero
 
 
 def _advance(
@@ -194,66 +189,3 @@ def _advance(
 def _within(progress: Progress, number: int, total: int) -> Progress:
     """One unit's progress as a part of all units'."""
     return lambda what, done, each: progress(what, number * each + done, total * each)
-
-
-# ---- finished units on disk ----------------------------------------------------------------------
-
-SHARE = "loss / GPTQ's"  # the name of this figure beside the weights in a file
-
-
-class Store:
-    """A folder of finished units: one safetensors file each, named by what decides its content."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    @classmethod
-    def of(cls, folder: str) -> Store | None:
-        """The store in `folder`, which is made if there is none; None for an empty name.
-
-        Raises:
-            PassError: it cannot be made.
-        """
-        if not folder:
-            return None
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PassError(
-                f"resume: expected a folder that can be written, came {folder!r} "
-                f"({error.strerror}); name another, or none"
-            ) from error
-        return cls(Path(folder))
-
-    def _path(self, key: str) -> Path:
-        return self.folder / f"{key}.safetensors"
-
-    def read(self, key: str) -> dict[str, Tensor] | None:
-        """A finished unit; None if it is not there or its file is damaged."""
-        try:
-            return load_file(self._path(key))
-        except (FileNotFoundError, SafetensorError):
-            return None
-
-    def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep a finished unit; its file is there as a whole or not at all."""
-        with tempfile.TemporaryDirectory(prefix=".writing.", dir=self.folder) as holder:
-            staged = Path(holder) / "unit"
-            save_file({name: each.contiguous() for name, each in tensors.items()}, staged)
-            staged.replace(self._path(key))
-
-
-def _feed(hash: Any, data: Any) -> None:
-    """Take tensors, and what holds them, into a hash."""
-    if isinstance(data, Tensor):
-        hash.update(f"{data.dtype} {tuple(data.shape)}".encode())
-        hash.update(data.detach().contiguous().flatten().view(torch.uint8).numpy())
-    elif isinstance(data, Mapping):
-        for name, value in data.items():
-            hash.update(name.encode())
-            _feed(hash, value)
-    elif isinstance(data, list | tuple):
-        for value in data:
-            _feed(hash, value)
-    else:
-        hash.update(repr(data).encode())

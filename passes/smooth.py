@@ -48,6 +48,7 @@ from effuse.passes.smooth_search import (
 from effuse.passes.smoothing import CANDIDATES, Exponents, best_smoothing
 from effuse.program import Program, prune_weights
 from effuse.statistics import Calibration, Key, Needs
+from effuse.weights import copied
 
 aten = torch.ops.aten
 
@@ -191,16 +192,17 @@ def _fold(sites: list[Site]) -> Fold | str:
 
 def written(program: Program, chosen: Collection[Choice]) -> Program:
     """The program with every choice written into every variant."""
-    weights, known = dict(program.weights), dict[Any, str]()
+    weights, known = copied(program.weights), dict[Any, str]()
+    factors = dict(program.factors)
     parts = []
     for part in program.parts:
         graph, mapping = clone(part.graph)
-        divider = Divider(graph, weights, known, mapping)
+        divider = Divider(graph, weights, known, mapping, factors)
         for choice in chosen:
             _write(divider.of(choice.group[0].weight, choice.scale), choice, part.name)
         eliminate(graph)
         parts.append(replace(part, graph=graph))
-    return replace(program, parts=tuple(parts), weights=weights)
+    return replace(program, parts=tuple(parts), weights=weights, factors=factors)
 
 
 def _write(divider: Divider, choice: Choice, part: str) -> None:

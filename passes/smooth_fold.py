@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from effuse.graph import emit, emit_weight, unused_name, value_of
+from effuse.weights import WeightStore
 
 aten = torch.ops.aten
 
@@ -187,9 +188,10 @@ class Divider:
     """Writes values divided by `scale` into one graph; variants share what is stored."""
 
     graph: fx.Graph
-    weights: dict[str, torch.Tensor]
+    weights: WeightStore
     known: dict[Any, str]  # what is stored already, by what it was made of
     mapping: dict[fx.Node, fx.Node]  # from the nodes that folds name to those of `graph`
+    factors: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)  # by name, by axis
     label: str = ""  # of the layers that share the scale
     scale: torch.Tensor = field(default_factory=lambda: torch.ones(()))
 
@@ -233,6 +235,9 @@ class Divider:
             product = (value.double() * factor.double().view(shape)).to(value.dtype)
             self.known[key] = unused_name(self.weights, f"{name.removesuffix(MARK)}{MARK}")
             self.weights[self.known[key]] = product
+            found, place = dict(self.factors.get(name, {})), axis % value.dim()
+            found[place] = found.get(place, 1.0) * factor.double()
+            self.factors[self.known[key]] = found
         stored = self.known[key]
         return emit_weight(self.graph, self.weights, stored, self.weights[stored])
 

@@ -33,6 +33,7 @@ from effuse.log import Log
 from effuse.passes.base import Pass, Work
 from effuse.passes.canonicalize import identity
 from effuse.program import Program, prune_weights
+from effuse.weights import WeightStore, copied
 
 aten = torch.ops.aten
 
@@ -72,7 +73,7 @@ class SplitShortcut(Pass):
 
     def run(self, program: Program, work: Work) -> Program:
         """Split the layers of every part; parts that share a weight share its pieces."""
-        weights = dict(program.weights)
+        weights = copied(program.weights)
         known: Pieces = {}
         parts = []
         for part in program.parts:
@@ -186,7 +187,7 @@ class Writer:
     """Writes the pieces of layers into one graph; what several layers read is sliced once."""
 
     graph: fx.Graph
-    weights: dict[str, torch.Tensor]
+    weights: WeightStore
     known: Pieces
     slices: dict[tuple[fx.Node, Join], tuple[fx.Node, ...]] = field(default_factory=dict)
 

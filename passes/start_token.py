@@ -39,6 +39,7 @@ from effuse.rates import dependences
 from effuse.statistics import Key
 from effuse.verify import exact_bound, relative_error
 from effuse.watch import Watch
+from effuse.weights import WeightStore, copied
 
 aten = torch.ops.aten
 
@@ -74,7 +75,7 @@ class StartToken(Pass):
         states = FirstTokens(sources)
         if work.drive is not None:
             work.drive(program, states)
-        weights = dict(program.weights)
+        weights = copied(program.weights)
         parts = tuple(
             rewritten(part, found[part.name], states, weights, work) for part in program.parts
         )
@@ -186,7 +187,7 @@ class FirstTokens(Watch):
 
 
 def rewritten(
-    part: Part, sites: list[fx.Node], states: FirstTokens, weights: dict[str, torch.Tensor],
+    part: Part, sites: list[fx.Node], states: FirstTokens, weights: WeightStore,
     work: Work,
 ) -> Part:  # fmt: skip
     """The part with the first token led around each of the layers, where that is constant."""
@@ -206,7 +207,7 @@ class Writer:
     """Leads first tokens around the layers of one graph."""
 
     graph: fx.Graph
-    weights: dict[str, torch.Tensor]
+    weights: WeightStore
     rests: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def bypass(self, site: fx.Node, start: torch.Tensor) -> None:

@@ -23,7 +23,8 @@ from effuse.passes.base import Work
 from effuse.passes.quantize_sites import SITES, recipe, sites
 from effuse.passes.quantize_writer import Rounded, plain
 from effuse.passes.reconstruct import Recipe
-from effuse.passes.reconstruct_units import SHARE, Store, rounded_by_reconstruction
+from effuse.passes.reconstruct_units import SHARE, rounded_by_reconstruction
+from effuse.passes.resume import Store
 from effuse.passes.rounded import rounded_by_gptq, weight_name
 from effuse.passes.units import Frontier, piece, sources, units
 from effuse.plan import Rate
