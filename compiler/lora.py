@@ -72,7 +72,8 @@ class Loras:
         own = path.stem if name is None else name
         adapters = self.spec.adapters
         check_request(self.spec, self.loaded, own, scale)
-        found = read_lora(path, [Layer(each.path, each.shape) for each in adapters])
+        layers = {each.path: Layer(each.path, each.shape) for each in adapters if each.path}
+        found = read_lora(path, list(layers.values()))
         check_slots(path, adapters, found.pairs)
         loaded = (*self.loaded, Loaded(own, float(scale), found.pairs))
         check_ranks(loaded, self.spec.max_rank)
@@ -127,7 +128,7 @@ def check_request(spec: ProgramSpec, loaded: Sequence[Loaded], name: str, scale:
 
 def check_slots(path: Path, adapters: Sequence[Adapter], pairs: Mapping[str, Pair]) -> None:
     """Raise InputError if the LoRA reaches layers that have no slot."""
-    reasons = {each.path: each.reason for each in adapters if each.reason}
+    reasons = {each.path: each.reason for each in reversed(adapters) if each.reason}
     without = [f"  {layer}: {reasons[layer]}" for layer in pairs if layer in reasons]
     if without:
         raise InputError(

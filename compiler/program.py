@@ -99,7 +99,7 @@ class Program:
     layers: tuple[Layer, ...] = ()
     adapters: tuple[Adapter, ...] = ()
     max_rank: int = 0
-    factors: Mapping[str, Mapping[int, torch.Tensor]] = field(default_factory=dict)
+    factors: Mapping[str, dict[int, torch.Tensor]] = field(default_factory=dict)
     """What Smooth has multiplied weights with: by the weight's name, then along which axis."""
 
     def part(self, name: str) -> Part:
