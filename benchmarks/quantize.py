@@ -23,7 +23,7 @@ from cache import CONSOLE, MOST_PROMPTS, TABLE_WIDTH, bars, version
 from cache_bench import NETWORKS, NOISE_SEED
 from cache_show import TITLES
 from quantize_measure import CALIBRATION_SEED, Study, megabytes, named, skewed
-from quantize_rows import NO_BOUND, WINNERS, Row, rows, winners
+from quantize_rows import NO_BOUND, PLAIN, WINNERS, Row, rows, winners
 from quantize_show import COLUMNS, gain, markdown, plot, table
 from rich.console import Console
 from rich.table import Table
@@ -75,7 +75,8 @@ def chosen(network: str, pattern: str) -> list[Row]:
     known = rows(network)
     wanted = {row.format for row in known if re.search(pattern, row.name)}
     return [row for row in known
-            if re.search(pattern, row.name) or row.name in wanted]  # fmt: skip
+            if re.search(pattern, row.name)
+            or (row.method == PLAIN and row.format in wanted)]  # fmt: skip
 
 
 def listed(network: str, arguments: argparse.Namespace) -> None:

@@ -82,6 +82,8 @@ def test_ranges_by_step_for_convolutions_leave_linear_layers_alone(module):
 def test_only_takes_the_plain_row_along(module):
     names = [row.name for row in module("quantize").chosen("dit", "w4a4.*=.gptq")]
     assert names == ["w4a4", 'w4a4 + rounding="gptq"']
+    names = [row.name for row in module("quantize").chosen("dit", r"nvfp4a4.*\(8\)")]
+    assert names == ["nvfp4a4", "nvfp4a4 + LowRank(8)"]
 
 
 def result(format, method, sqnr, psnr):
