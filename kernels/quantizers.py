@@ -14,6 +14,7 @@ Arithmetic is float32.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import floor, log2, prod
@@ -27,6 +28,7 @@ from effuse.errors import nearest as nearest_of
 from effuse.kernels.grids import E4M3, FRACTION, Grid, decode, encode, nearest, parse_grid
 from effuse.kernels.packing import packed_bytes
 
+BLOCK = 1 << 18  # numbers that are rounded at once
 TINY = 2.0**-126  # least normal float32: a block under it is all zeros
 LEAST_OVER = 2.0**-100  # keeps its products with e4m3 values normal
 WORDS: dict[str, dict[str, Any]] = {
@@ -242,7 +244,9 @@ def to_codes(x: Tensor, scale: Tensor, zero: Tensor | None, quantizer: Quantizer
 
     int8 for signed ints, uint8 for unsigned ones, uint8 bit patterns for floats.
     """
-    return encode(_on_grid(x, scale, zero, quantizer), quantizer.grid)
+    return _by_blocks(
+        lambda *block: encode(_on_grid(*block, quantizer), quantizer.grid), x, scale, zero
+    )
 
 
 def from_codes(codes: Tensor, scale: Tensor, zero: Tensor | None, quantizer: Quantizer) -> Tensor:
@@ -268,7 +272,24 @@ def round_trip(
     """
     if scale is None:
         scale, zero = find_scale(x, quantizer)
-    return _restored(_on_grid(x, scale, zero, quantizer), scale, zero, quantizer)
+
+    def rounded(x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        return _restored(_on_grid(x, scale, zero, quantizer), scale, zero, quantizer)
+
+    return _by_blocks(rounded, x, scale, zero)
+
+
+def _by_blocks(
+    compute: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    x: Tensor, scale: Tensor, zero: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`compute` on blocks of rows, where rows have scales of their own: a block fits the cache."""
+    if not x.dim() == scale.dim() == 2 or x.numel() <= BLOCK:
+        return compute(x, scale, zero)
+    rows = max(1, BLOCK // x.shape[-1])
+    zeros = [None] * len(x) if zero is None else zero.split(rows)
+    cuts = zip(x.split(rows), scale.split(rows), zeros, strict=False)
+    return torch.cat([compute(*cut) for cut in cuts])
 
 
 def stored_bits(quantizer: Quantizer, shape: tuple[int, ...]) -> int:

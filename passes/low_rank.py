@@ -46,6 +46,7 @@ from effuse.weights import WeightStore, copied
 aten = torch.ops.aten
 
 RULE = "low_rank"
+ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ class LowRank(Pass):
         """The branches of layers that share D, and their output's error by round."""
         stored = {weight_name(site): weights[weight_name(site)] for site in group}
         rows = [each.float().flatten(1) for each in stored.values()]
-        factors = self._factors(torch.cat(rows), self._recipe(group[0], Rate.STEP).weight, metric)
+        whole = torch.cat(rows) if len(rows) > 1 else rows[0]
+        factors = self._factors(whole, self._recipe(group[0], Rate.STEP).weight, metric)
         ups = torch.split(factors.up, [len(each) for each in rows])
         key = weight_name(group[0])
         like = next(iter(stored.values()))
@@ -232,7 +234,7 @@ def _write(
     x, weight, *rest = site.args
     name = str(weight.target)  # type: ignore[union-attr]
     whole = weights[name]
-    remainder = (whole.double().flatten(1) - branch.up.double() @ branch.down.double()).to(whole)
+    remainder = _remainder(whole.flatten(1), branch)
     with graph.inserting_before(site):
         less = emit_weight(graph, weights, f"{name}.rest", remainder.reshape(whole.shape))
         new = emit(graph, site.target, x, less, *rest, like=site)
@@ -242,6 +244,13 @@ def _write(
         made = emit_up(graph, weights, halves[key], f"{name}.up", branch.up)
         both = emit(graph, aten.add.Tensor, new, made)
     substitute(site, both)
+
+
+def _remainder(rows: Tensor, branch: Branch) -> Tensor:
+    """W - U D, rounded once; by blocks, since float64 of a whole weight is large."""
+    down = branch.down.double()
+    blocks = zip(rows.split(ROWS), branch.up.split(ROWS), strict=True)
+    return torch.cat([(each.double() - up.double() @ down).to(rows) for each, up in blocks])
 
 
 def summary(

@@ -82,17 +82,17 @@ def net():
     return Net().eval()
 
 
-def inputs(seed=1, time=50):
+def inputs(seed=1, time=50, batch=2):
     generator = torch.Generator().manual_seed(seed)
     return {
-        "sample": torch.randn(2, 3, 8, 8, generator=generator),
-        "timestep": torch.tensor([time, time]),
-        "encoder_hidden_states": torch.randn(2, 5, 32, generator=generator),
+        "sample": torch.randn(batch, 3, 8, 8, generator=generator),
+        "timestep": torch.tensor([time] * batch),
+        "encoder_hidden_states": torch.randn(batch, 5, 32, generator=generator),
     }
 
 
-def compiled(net, *passes, backend="reference"):
-    config = effuse.Config(passes=passes, backend=backend)
+def compiled(net, *passes, backend="reference", **options):
+    config = effuse.Config(passes=passes, backend=backend, **options)
     return effuse.compile(net, config, inputs=inputs(), schedule=SCHEDULE, progress=False)
 
 
@@ -123,7 +123,7 @@ def on(net, **given):
 @pytest.fixture(scope="module", params=BACKENDS)
 def slotted(request, net):
     slots = Lora(max_rank=16, convolutions=True, exclude=("attn2.to_out",))
-    return compiled(net, Hoist(), slots, backend=request.param)
+    return compiled(net, Hoist(), slots, backend=request.param, dynamic={"batch": (1, 8)})
 
 
 @pytest.fixture
@@ -140,6 +140,8 @@ def test_the_network_with_the_lora_merged(net, result, tmp_path):
     path, merged = lora(net, tmp_path / "style.safetensors")
     assert result.load_lora(path) == "style"
     assert error(on(result), on(merged)) < 2e-6 < 0.1 < error(on(result), before)
+    other = inputs(batch=5)
+    assert error(on(result, **other), on(merged, **other)) < 2e-6
     assert result.loras[0].scale == 1.0 and set(result.loras[0].ranks) == set(TAKING)
 
 
