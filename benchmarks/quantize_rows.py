@@ -91,8 +91,9 @@ def studied(network: str, format: str) -> list[Row]:
 
 def branched(format: str) -> list[Row]:
     """What SVDQuant is made of, on one format."""
-    return [Row(format, PLAIN), Row(format, "Smooth()", (Smooth(format=format),)),
-            *branches(format)]  # fmt: skip
+    gptq = {"rounding": "gptq"}
+    return [Row(format, PLAIN), Row(format, 'rounding="gptq"', options=gptq),
+            Row(format, "Smooth()", (Smooth(format=format),)), *branches(format)]  # fmt: skip
 
 
 def branches(format: str) -> list[Row]:
