@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from effuse.cli_options import Artifact, Json, SchedulerFolder, Steps
-from effuse.cli_text import out, sizes
+from effuse.cli_text import out, scaled, sizes
 
 
 def run(
@@ -27,6 +27,9 @@ def run(
     size: Annotated[
         list[str] | None, typer.Option(metavar="NAME=NUMBER", help="A size left open.")
     ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="FILE[:SCALE]", help="A LoRA to load; again.")
+    ] = None,
 ) -> None:
     """Sample pictures from an artifact into one PNG.
 
@@ -38,11 +41,12 @@ def run(
     Examples:
       effuse run unet.effuse -o pictures.png --scheduler unet/scheduler
       effuse run unet.effuse -o pictures.png --inputs prompts.npz --guidance 3 --seed 7
+      effuse run unet.effuse -o pictures.png --lora style.safetensors:0.8
     """
     from effuse.cli_sample import Sampling, sample
 
     sample(Sampling(artifact, output, steps, scheduler, inputs, uncond, guidance, seed,
-                    sizes(size or (), "--size")))  # fmt: skip
+                    sizes(size or (), "--size"), scaled(lora or ())))  # fmt: skip
 
 
 def bench(

@@ -41,6 +41,7 @@ class Sampling:
     guidance: float = 1.0
     seed: int = 0
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    loras: Mapping[Path, float] = dataclasses.field(default_factory=dict)  # with their scales
 
 
 def read_arrays(path: Path | None, spec: ProgramSpec) -> Values:
@@ -201,6 +202,10 @@ def sample(request: Sampling) -> None:
     require("torch")
     console, compiled = out(), api.load(request.artifact)
     spec = compiled.session.spec
+    for path, scale in request.loras.items():
+        name = compiled.load_lora(path, scale)
+        layers = len(compiled.loras[-1].pairs)
+        console.print(f"LoRA {escape(name)}: {layers} layers, scale {scale:g}", emoji=False)
     shape, told, free = sampling_inputs(request, spec, console)
     scheduler = prepare_scheduler(request, spec)
     denoise = Denoiser(compiled, told, free, request.guidance)

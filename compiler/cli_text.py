@@ -111,6 +111,18 @@ def sizes(given: Sequence[str], option: str) -> dict[str, int]:
     return {key: int(text) for key, text in found.items()}
 
 
+def scaled(given: Sequence[str]) -> dict[Path, float]:
+    """`style.safetensors:0.8` arguments as files with their scales, 1 where none is given."""
+    found = {}
+    for text in given:
+        name, _, scale = text.rpartition(":")
+        try:
+            found[Path(name or text)] = float(scale) if name else 1.0
+        except ValueError:  # the colon belongs to the name
+            found[Path(text)] = 1.0
+    return found
+
+
 def numbers(text: str, option: str) -> list[float]:
     """`999,899,…` as numbers, whole ones as int."""
     try:

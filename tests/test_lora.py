@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from torch import nn
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
 import effuse
 from effuse.capture import capture
+from effuse.cli_app import app
 from effuse.errors import ConfigError, InputError, PassError, VerifyError
 from effuse.lora import Factor, Loaded, joined
 from effuse.lora_file import Pair
@@ -32,7 +34,7 @@ from effuse.verify import verify
 
 logging.getLogger("torch.__trace").disabled = True  # pytest's log capture would pay for it
 
-SCHEDULE = list(range(90, -1, -10))
+SCHEDULE = list(range(900, -1, -100))
 W4 = "int4/group32:none:int4/channel:none"
 SMOOTH = Smooth(alpha=0.5, min_gain_db=-99.0)
 BACKENDS = ("reference", "onnx")
@@ -67,7 +69,7 @@ class Net(nn.Module):
         self.ff = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
 
     def forward(self, sample, timestep, encoder_hidden_states):
-        angles = timestep.float()[:, None] * 0.01 * torch.arange(8)
+        angles = timestep.float()[:, None] * 0.001 * torch.arange(8)
         h = self.enter(sample) + self.time(angles.cos())[:, :, None, None]
         x = self.proj(F.silu(h)).flatten(2).transpose(1, 2)
         x = x + self.attn1(x, x)
@@ -82,7 +84,7 @@ def net():
     return Net().eval()
 
 
-def inputs(seed=1, time=50, batch=2):
+def inputs(seed=1, time=500, batch=2):
     generator = torch.Generator().manual_seed(seed)
     return {
         "sample": torch.randn(batch, 3, 8, 8, generator=generator),
@@ -299,6 +301,22 @@ def test_saved_as_it_was_built_and_run_without_torch(net, slotted, tmp_path):
     code = textwrap.dedent(code)
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_on_the_command_line(net, slotted, tmp_path):
+    path, _ = lora(net, tmp_path / "style.safetensors", size=0.03)
+    other, _ = lora(net, tmp_path / "a:b.safetensors", seed=1, size=0.03)
+    kept = slotted.save(tmp_path / "net.effuse")
+    pictures = []
+    for words in ((), ("--lora", path), ("--lora", f"{path}:0.5", "--lora", other)):
+        png = tmp_path / f"{len(pictures)}.png"
+        words = ("run", kept, "-o", png, "--size", "batch=2", *words)
+        said = CliRunner().invoke(app, [str(word) for word in words])
+        assert said.exit_code == 0, said.output
+        pictures.append(png.read_bytes())
+    assert "LoRA style: 13 layers, scale 0.5" in said.stdout
+    assert "LoRA a:b: 13 layers, scale 1" in said.stdout
+    assert len(set(pictures)) == 3
 
 
 def test_the_models_ask_for_nothing_more(slotted):
