@@ -59,7 +59,7 @@ class Layer:
         mixer = normal(self.inner // MIX, self.inner, seed=1) / (self.inner // MIX) ** 0.5
         sources = torch.randn(self.positions, len(mixer), generator=generator)
         own = torch.randn(self.positions, self.inner, generator=generator)
-        x = (sources @ mixer + own) / 2**0.5 * loudness(self.inner)
+        x: Tensor = (sources @ mixer + own) / 2**0.5 * loudness(self.inner)
         return x.T.reshape(self.inner, -1, SIDE, SIDE).transpose(0, 1) if self.kernel else x
 
     def calibration(self) -> Iterator[dict[str, Tensor]]:

@@ -42,7 +42,7 @@ METHODS = (
     # Smooth looks for the exponent without the branch, which would bear a greater one
     Method("smooth 0.7 + low-rank", smooth=True, branch=True, alpha=0.7),
 )
-PLAIN, SMOOTH, _, BRANCH, _, BOTH, *_ = METHODS
+PLAIN, SMOOTH, BRANCH, BOTH = METHODS[0], METHODS[1], METHODS[3], METHODS[5]
 WITHOUT = {BRANCH: PLAIN, BOTH: SMOOTH}  # the methods of rank 0
 
 
