@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.progress import TimeElapsedColumn as Elapsed
+from rich.progress import TimeRemainingColumn as Remaining
 
 
 @dataclass
@@ -47,6 +48,12 @@ def phases(show: bool) -> Iterator[Phases]:
     if not (show and console.is_terminal):
         yield Phases()
         return
-    columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), Elapsed())
+    columns = (
+        TextColumn("{task.description:<16}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Elapsed(),
+        Remaining(),
+    )
     with Progress(*columns, console=console, transient=True) as bars:
         yield Phases(bars)

@@ -64,6 +64,8 @@ class Smooth(Pass):
         format: the format whose error counts (`effuse.kernels.formats`), as Quantize is given it.
         min_gain_db: what a layer's quantized output has to gain, dB; twice this where x itself has
             to be multiplied at run time.
+        rank: of the branches that LowRank will put beside the layers; candidates are judged with
+            them (SVDQuant). 0 without LowRank.
     """
 
     name: ClassVar[str] = "smooth"
@@ -73,9 +75,12 @@ class Smooth(Pass):
     alpha: float | Literal["search"] = "search"
     format: str = "w8a8"
     min_gain_db: float = 0.5
+    rank: int = 0
 
     def __post_init__(self) -> None:
         parse(self.format)
+        if self.rank < 0:
+            raise ConfigError(f"rank: expected 0 or more, came {self.rank!r}")
         if self.alpha != "search" and not 0 <= self.alpha <= 1:
             raise ConfigError(f"alpha: expected 0 to 1, or 'search', came {self.alpha!r}")
 
@@ -135,7 +140,7 @@ class Smooth(Pass):
             return "its input was never seen in calibration"
         if reason := unfit(group[0].node, parse(self.format)):
             return reason
-        trial = Trial(group, weights, seen, samples, parse(self.format))
+        trial = Trial(group, weights, seen, samples, parse(self.format), self.rank)
         plain = trial.error(0.0, 0.0)
         exponents, least = best_smoothing(trial.error, self.candidates)
         gain = 10 * math.log10(plain / least) if least else 0.0

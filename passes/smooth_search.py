@@ -14,6 +14,7 @@ from effuse.errors import ConfigError
 from effuse.graph import evaluate, value_of
 from effuse.kernels.formats import Format, check_group
 from effuse.kernels.quantizers import Quantizer, find_scale, round_trip
+from effuse.passes.low_rank_factors import low_rank
 from effuse.passes.smoothing import input_absmax, into_columns, smooth_scale
 from effuse.program import Part, Program
 from effuse.statistics import Calibration, Channels, Key
@@ -127,13 +128,14 @@ def seen_by(group: list[Site], calibration: Calibration) -> dict[Key, Channels]:
 
 @dataclass
 class Trial:
-    """The error of a group's quantized layers under a scale."""
+    """The error of a group's quantized layers under a scale, beside branches of `rank`."""
 
     group: list[Site]
     weights: Mapping[str, torch.Tensor]
     seen: Mapping[Key, Channels]
     samples: Samples
     format: Format
+    rank: int = 0
     truth: dict[tuple[Key, str, int], torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -143,6 +145,7 @@ class Trial:
         ranges = [input_absmax(self.weights[name]) for name in self._layers]
         self._w = torch.stack(ranges).amax(0)
         self._reads = {name: self._sources(name) for name in self._layers}
+        self._bases: dict[str, torch.Tensor | None] = {}
 
     def _sources(self, weight: str) -> list[Key]:
         """What the uses of a weight read, each once."""
@@ -158,23 +161,38 @@ class Trial:
         scale, total = self.scale(alpha, beta), 0.0
         for name, node in self._layers.items():
             weight, quantizer = self.weights[name].float(), quantizers(node, self.format)[0]
-            scaled = into_columns(weight, scale)
-            stored = round_trip(scaled.flatten(1), quantizer).view_as(weight)
+            rows = into_columns(weight, scale).flatten(1)
+            branch = self._branch(name, rows)
+            stored = round_trip(rows - branch if self.rank else rows, quantizer).view_as(weight)
             for key in self._reads[name]:
-                total += self._error(key, node, name, stored, scale)
+                total += self._error(key, node, name, stored, branch.view_as(weight), scale)
         return total
 
+    def _branch(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """The part of a scaled weight that a branch keeps in float, by a decomposition in one go.
+
+        Each candidate's leading rows are near those of the one before: it starts from them.
+        """
+        if not self.rank:
+            return torch.zeros(()).expand(rows.shape)
+        rank = min(self.rank, *rows.shape)
+        up, down, self._bases[name] = low_rank(rows, rank, basis=self._bases.get(name))
+        return up @ down
+
     def _error(
-        self, key: Key, node: fx.Node, name: str, stored: torch.Tensor, scale: torch.Tensor
-    ) -> float:
+        self, key: Key, node: fx.Node, name: str, stored: torch.Tensor, branch: torch.Tensor,
+        scale: torch.Tensor,
+    ) -> float:  # fmt: skip
         quantizer, total = quantizers(node, self.format)[1], 0.0
         for number, x in enumerate(self.samples.get(key, ())):
             if (key, name, number) not in self.truth:
                 self.truth[key, name, number] = applied(node, x, self.weights[name].float())
-            inner = x / scale.view([-1] + [1] * (-CHANNELS[node.target] - 1))
+            real = inner = x / scale.view([-1] + [1] * (-CHANNELS[node.target] - 1))
             if quantizer is not None:
                 inner = rounded(inner, quantizer, self.seen[key], scale)
             wrong = applied(node, inner, stored) - self.truth[key, name, number]
+            if self.rank:
+                wrong += applied(node, real, branch)
             total += wrong.double().square().sum().item()
         return total
 
