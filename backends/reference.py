@@ -90,9 +90,7 @@ def session(
     `observe(part, node, value)` sees every value, `begin(inputs, index)` every call of the
     network, `enter(part, inputs)` every run of a part.
     """
-    runs = {
-        part.name: _runner(part, program.weights, (), observe, enter) for part in program.parts
-    }
+    runs = {part.name: _runner(part, program.weights, (), observe, enter) for part in program.parts}
     if begin is None:
         return Session(program.spec(), runs, TorchArrays())
     return _Watched(program, runs, begin)

@@ -244,9 +244,11 @@ def to_codes(x: Tensor, scale: Tensor, zero: Tensor | None, quantizer: Quantizer
 
     int8 for signed ints, uint8 for unsigned ones, uint8 bit patterns for floats.
     """
-    return _by_blocks(
-        lambda *block: encode(_on_grid(*block, quantizer), quantizer.grid), x, scale, zero
-    )
+
+    def encoded(x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        return encode(_on_grid(x, scale, zero, quantizer), quantizer.grid)
+
+    return _by_blocks(encoded, x, scale, zero)
 
 
 def from_codes(codes: Tensor, scale: Tensor, zero: Tensor | None, quantizer: Quantizer) -> Tensor:
@@ -287,8 +289,8 @@ def _by_blocks(
     if not x.dim() == scale.dim() == 2 or x.numel() <= BLOCK:
         return compute(x, scale, zero)
     rows = max(1, BLOCK // x.shape[-1])
-    zeros = [None] * len(x) if zero is None else zero.split(rows)
-    cuts = zip(x.split(rows), scale.split(rows), zeros, strict=False)
+    zeros = [None] * len(x) if zero is None else torch.split(zero, rows)
+    cuts = zip(torch.split(x, rows), torch.split(scale, rows), zeros, strict=False)
     return torch.cat([compute(*cut) for cut in cuts])
 
 

@@ -249,7 +249,7 @@ def _write(
 def _remainder(rows: Tensor, branch: Branch) -> Tensor:
     """W - U D, rounded once; by blocks, since float64 of a whole weight is large."""
     down = branch.down.double()
-    blocks = zip(rows.split(ROWS), branch.up.split(ROWS), strict=True)
+    blocks = zip(torch.split(rows, ROWS), torch.split(branch.up, ROWS), strict=True)
     return torch.cat([(each.double() - up.double() @ down).to(rows) for each, up in blocks])
 
 
