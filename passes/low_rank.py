@@ -47,11 +47,12 @@ aten = torch.ops.aten
 
 RULE = "low_rank"
 ROWS = 256
+MOST_SHARED = 4  # layers to a D: of the text, or of the timestep, a hundred layers may read
 
 
 @dataclass(frozen=True)
 class LowRank(Pass):
-    """Give the layers of the step program a branch of `rank`, for Quantize(format) after it.
+    """Give the layers that Quantize(format) will put in few bits a branch of `rank`.
 
     Args:
         rank: of the branch; at most min(out, in), which is the whole layer.
@@ -101,35 +102,43 @@ class LowRank(Pass):
                 "low_rank weighs errors by the layers' inputs: hand compile(calibration=run) a "
                 "function that samples with the model, or give inputs=False"
             )
-        default = program.part(program.plan.default)
-        groups = self._groups(default, program, work)
+        found_groups = self._groups(program, work)
+        total = sum(map(len, found_groups.values()))
         branches: dict[str, Branch] = {}
         errors: list[tuple[float, ...]] = []
-        for number, (group, metric) in enumerate(self._weighed(default, program, groups, work), 1):
+        for number, (group, metric) in enumerate(self._weighed(program, found_groups, work), 1):
             if work.log.spend(RULE):
                 found, each = self._branches(group, program.weights, metric)
                 branches |= found
                 errors.append(each)
-            work.progress("low-rank branches", number, len(groups))
+            work.progress("low-rank branches", number, total)
         if not branches:
             return program
         work.log.note(summary(branches, errors, self.format))
         return prune_weights(written(program, branches))
 
-    def _groups(self, part: Part, program: Program, work: Work) -> list[list[fx.Node]]:
-        """Layers to decompose together, each weight once: those that read one input."""
-        edges = set() if self.edges else first_layers(part, program) | last_layers(part, program)
-        grouped: dict[Any, list[fx.Node]] = {}
+    def _groups(self, program: Program, work: Work) -> dict[str, list[list[fx.Node]]]:
+        """By part, layers to decompose together, each weight once: those that read one input.
+
+        The parts that run once a picture are quantized too; other variants share the default's.
+        """
+        found: dict[str, list[list[fx.Node]]] = {}
         seen: set[str] = set()
-        for site in sites(part, program.weights):
-            reason = self._refused(site, part, edges)
-            if reason:
-                work.log.reject(RULE, reason)
-            elif weight_name(site) not in seen:
-                seen.add(weight_name(site))
-                alone = not self.shared or site.target is not aten.linear.default
-                grouped.setdefault(site if alone else site.args[0], []).append(site)
-        return list(grouped.values())
+        for part in program.parts:
+            if part.rate is Rate.STEP and part.name != program.plan.default:
+                continue
+            grouped: dict[Any, list[fx.Node]] = {}
+            edges = set() if self.edges else ends(part, program)
+            for site in sites(part, program.weights):
+                reason = self._refused(site, part, edges)
+                if reason:
+                    work.log.reject(RULE, reason)
+                elif weight_name(site) not in seen:
+                    seen.add(weight_name(site))
+                    alone = not self.shared or site.target is not aten.linear.default
+                    grouped.setdefault(site if alone else site.args[0], []).append(site)
+            found[part.name] = [each for group in grouped.values() for each in small(group)]
+        return found
 
     def _refused(self, site: fx.Node, part: Part, edges: set[fx.Node]) -> str | None:
         if reason := self.unwanted(module_path(site)):
@@ -144,17 +153,18 @@ class LowRank(Pass):
         return recipe(site, parse(self.format), rate, "format")
 
     def _weighed(
-        self, part: Part, program: Program, groups: Sequence[list[fx.Node]], work: Work
+        self, program: Program, groups: Mapping[str, list[list[fx.Node]]], work: Work
     ) -> Iterator[tuple[list[fx.Node], Tensor | None]]:
         """The groups with C of their inputs, or None where errors are not weighed."""
         if not self.inputs or work.calibration is None:
-            yield from ((group, None) for group in groups)
+            yield from ((group, None) for each in groups.values() for group in each)
             return
-        of = {group[0]: group for group in groups}  # the others read the same
-        probes = work.calibration.probes[part.name]
-        for chunk, found in hessians_by_chunk(part.graph, program.weights, list(of), probes):
-            for site in chunk:
-                yield of[site], metric_of(found.pop(weight_name(site)).value / 2)
+        for name, each in groups.items():
+            of = {group[0]: group for group in each}  # the others read the same
+            probes, graph = work.calibration.probes[name], program.part(name).graph
+            for chunk, found in hessians_by_chunk(graph, program.weights, list(of), probes):
+                for site in chunk:
+                    yield of[site], metric_of(found.pop(weight_name(site)).value / 2)
 
     def _branches(
         self, group: Sequence[fx.Node], weights: Mapping[str, Tensor], metric: Tensor | None
@@ -198,6 +208,18 @@ class LowRank(Pass):
         return half if fits else factor.to(like)
 
 
+def small(group: list[fx.Node]) -> list[list[fx.Node]]:
+    """Queries, keys, values and a gate share D; what the whole network reads is shared by none."""
+    return [group] if len(group) <= MOST_SHARED else [[site] for site in group]
+
+
+def ends(part: Part, program: Program) -> set[fx.Node]:
+    """The first and the last layers of what runs every step."""
+    if part.rate is not Rate.STEP:
+        return set()
+    return first_layers(part, program) | last_layers(part, program)
+
+
 @dataclass(frozen=True)
 class Branch:
     """U (out, r) and D (r, in · kernel) of one weight; layers with the same `key` share D."""
@@ -208,13 +230,10 @@ class Branch:
 
 
 def written(program: Program, branches: Mapping[str, Branch]) -> Program:
-    """The program with every weight's branch in every variant."""
+    """The program with every weight's branch wherever it is read."""
     weights = copied(program.weights)
     parts = []
     for part in program.parts:
-        if part.rate is not Rate.STEP:
-            parts.append(part)
-            continue
         graph, _ = clone(part.graph)
         halves: dict[tuple[fx.Node, str], fx.Node] = {}
         for site in calls(graph, *SITES):

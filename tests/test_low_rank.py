@@ -291,6 +291,45 @@ def test_a_second_branch_is_refused(net):
         run_passes(program, (branch,))
 
 
+def test_layers_that_run_once_a_picture_get_branches_too():
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.text, self.step = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, sample, timestep, encoder_hidden_states):
+            return self.step(sample) + self.text(encoder_hidden_states)
+
+    torch.manual_seed(0)
+    given = {
+        "sample": torch.randn(2, 5, 64),
+        "timestep": torch.tensor([7.0]),
+        "encoder_hidden_states": torch.randn(2, 5, 64),
+    }
+    branch = LowRank(rank=4, format="w4a16", inputs=False, edges=True)
+    program = capture(Text().eval(), given, timesteps=(7.0,))
+    program = run_passes(program, (Canonicalize(), Hoist(), branch))
+    found = {part.name: len(calls(part.graph, ops.project.default)) for part in program.parts}
+    assert found["prompt"] == 2 and found["full"] == 2
+
+
+def test_what_many_layers_read_is_no_reason_to_share():
+    class Many(nn.Module):
+        def __init__(self, count):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(count))
+
+        def forward(self, sample, timestep):
+            return sum(layer(sample) for layer in self.layers)
+
+    given = {"sample": torch.randn(2, 5, 64), "timestep": torch.tensor([7.0])}
+    branch = LowRank(rank=4, format="w4a16", inputs=False, edges=True)
+    for count, downs in ((4, 1), (5, 5)):
+        program = capture(Many(count).eval(), given, timesteps=(7.0,))
+        graph = run_passes(program, (Canonicalize(), branch)).part("full").graph
+        assert len(calls(graph, ops.project.default)) == count + downs
+
+
 # ---- smoothing for the branch --------------------------------------------------------------------
 
 
