@@ -26,7 +26,7 @@ METHODS = {  # of quantize_rows
     "LowRank()": "low-rank",
     "LowRank(), gptq": "low-rank + GPTQ",
     "Smooth(), LowRank(), gptq": "smoothed + low-rank + GPTQ",
-    "Smooth(0.7), LowRank(), gptq": "smoothed (α = 0.7) + low-rank + GPTQ",
+    "Smooth(rank=32), LowRank(), gptq": "smoothed for the branch + low-rank + GPTQ",
 }
 FIGURES = {"sqnr_db": "SQNR of a step, median, dB (gain)", "psnr_db": "PSNR of pictures, dB (gain)"}
 

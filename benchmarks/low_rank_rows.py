@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from low_rank_layers import Layer
 from quantize_rows import LABELS, NO_BOUND
@@ -28,7 +28,7 @@ class Method:
     smooth: bool = False
     branch: bool = False
     gptq: bool = False
-    alpha: float | Literal["search"] = "search"  # of smoothing
+    aware: bool = False  # of the branch, where smoothing is searched
 
 
 METHODS = (
@@ -39,8 +39,7 @@ METHODS = (
     Method("low-rank + GPTQ", branch=True, gptq=True),
     Method("smooth + low-rank", smooth=True, branch=True),
     Method("smooth + low-rank + GPTQ", smooth=True, branch=True, gptq=True),
-    # Smooth looks for the exponent without the branch, which would bear a greater one
-    Method("smooth 0.7 + low-rank", smooth=True, branch=True, alpha=0.7),
+    Method("smooth for the branch + low-rank", smooth=True, branch=True, aware=True),
 )
 PLAIN, SMOOTH, BRANCH, BOTH = METHODS[0], METHODS[1], METHODS[3], METHODS[5]
 WITHOUT = {BRANCH: PLAIN, BOTH: SMOOTH}  # the methods of rank 0
@@ -80,7 +79,7 @@ class Row:
     @property
     def passes(self) -> tuple[Pass, ...]:
         """The passes; the layer is the first and the last of its network, hence `edges`."""
-        smooth = Smooth(alpha=self.method.alpha, format=self.format)
+        smooth = Smooth(format=self.format, rank=self.rank if self.method.aware else 0)
         found: list[Pass] = [smooth] if self.method.smooth else []
         if self.method.branch:
             found.append(LowRank(rank=self.rank, format=self.format, edges=True))

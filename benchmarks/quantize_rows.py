@@ -101,14 +101,14 @@ def branches(format: str) -> list[Row]:
     if parse(format).weight.grid.bits > 4:
         return []
     branch, gptq = LowRank(format=format), {"rounding": "gptq"}
-    bold = Smooth(alpha=0.7, format=format)  # the search does not know of the branch
+    aware = Smooth(format=format, rank=branch.rank)
     return [
         Row(format, "LowRank(8)", (LowRank(rank=8, format=format),)),
         Row(format, "LowRank, one round", (LowRank(format=format, rounds=1, inputs=False),)),
         Row(format, "LowRank()", (branch,)),
         Row(format, "LowRank(), gptq", (branch,), gptq),
         Row(format, "Smooth(), LowRank(), gptq", (Smooth(format=format), branch), gptq),
-        Row(format, "Smooth(0.7), LowRank(), gptq", (bold, branch), gptq),
+        Row(format, "Smooth(rank=32), LowRank(), gptq", (aware, branch), gptq),
     ]
 
 
