@@ -28,6 +28,7 @@ from effuse.runtime import Session
 from effuse.weights import copied
 
 OPSET = 21
+NARROW = ("FLOAT16", "BFLOAT16", "INT8", "UINT8", "INT4", "UINT4")
 
 
 def available() -> str | None:
@@ -125,16 +126,35 @@ def export_part(
                 output_names=list(part.outputs),
                 custom_translation_table=TRANSLATIONS,
                 verbose=False,
+                optimize=False,
             )
+            assert program is not None
+            optimize(program.model)
         except Exception as error:
             reason = str(error).strip().splitlines()[0]
             raise BackendError(
                 f"onnx: the part {part.name!r} has no ONNX form: {reason}"
             ) from error
-    assert program is not None
     make_overridable(program.model, {name: own[name] for name in ranks}, ranks)
     strip(program.model)
     return program.model
+
+
+def optimize(model: Any) -> None:
+    """The exporter's optimizer, but that weights of few bits stay so: it computes small ones."""
+
+    def choose(node: Any) -> bool | None:
+        return False if widens(node) else None
+
+    require("onnxscript.optimizer").optimize_ir(model, should_fold=choose)
+
+
+def widens(node: Any) -> bool:
+    """Whether a node makes float32 of stored numbers of fewer bits."""
+    if node.op_type not in ("Cast", "CastLike", "DequantizeLinear"):
+        return False
+    stored = node.inputs[0].const_value
+    return stored is not None and stored.dtype.name in NARROW
 
 
 def _rank_axes(part: Part, adapters: Sequence[Adapter]) -> dict[str, dict[int, Any]]:
