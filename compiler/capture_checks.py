@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 from sympy import Ne
 from torch import fx, nn
@@ -18,9 +21,12 @@ from effuse.graph import calls, fake_mode, source_line
 from effuse.plan import Role
 from effuse.rates import random
 
-# a frame that no user wrote: the capturing machinery's, or code generated at run time (sympy's
+# where no user's code lies: the capturing machinery, and what is generated at run time (sympy's
 # "<string>"), but for what was typed at a prompt
-_FOREIGN = re.compile(r"[/\\](torch|sympy|effuse|compiler)[/\\]|^<(?!stdin|ipython)")
+_MACHINERY = tuple(
+    f"{Path(file).parent}{os.sep}" for file in (torch.__file__, sympy.__file__, __file__)
+)
+_GENERATED = re.compile(r"<(?!stdin|ipython)")
 
 
 def check_model(model: nn.Module) -> None:
@@ -151,6 +157,11 @@ def holds(guard: Any, size: int) -> bool:
     return bool(guard.subs(symbol, size))
 
 
+def _foreign(file: str) -> bool:
+    """Whether a frame's file is not the user's."""
+    return file.startswith(_MACHINERY) or _GENERATED.match(file) is not None
+
+
 def explain(error: Exception) -> str:
     """Where the capture failed in the user's source, and the way out."""
     text = str(error)
@@ -160,7 +171,7 @@ def explain(error: Exception) -> str:
         code = trace.tb_frame.f_code
         frames.append((code.co_filename, str(trace.tb_lineno), code.co_name))
         trace = trace.tb_next
-    mine = [frame for frame in frames if not _FOREIGN.search(frame[0])]
+    mine = [frame for frame in frames if not _foreign(frame[0])]
     where = 'File "{}", line {}, in {}'.format(*mine[-1]) if mine else "an unknown line"
     data = any(word in text for word in ("data-dependent", "Could not guard", "Eq(u", "unbacked"))
     remedy = (

@@ -6,6 +6,8 @@ import functools
 import gc
 import logging
 import math
+import runpy
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -458,6 +460,18 @@ def test_generated_code_is_not_named_as_the_users_line() -> None:
     except RuntimeError as error:
         text = explain(error)
     assert f'File "{__file__}"' in text and "in generated" in text
+
+
+@pytest.mark.parametrize("folder", ["effuse", "compiler", "torch"])
+def test_a_users_folder_may_have_our_name(folder: str, tmp_path: Path) -> None:
+    path = tmp_path / folder / "mine.py"
+    path.parent.mkdir()
+    path.write_text("def fail():\n    raise RuntimeError('inside')\n")
+    try:
+        runpy.run_path(str(path))["fail"]()
+    except RuntimeError as error:
+        text = explain(error)
+    assert f'File "{path}", line 2, in fail' in text
 
 
 class Placed(nn.Module):
