@@ -40,7 +40,7 @@ REMARKS = (
     f"inputs: correlated N(0, 1); {SHARE:.0%} of the channels times {LEAST:g} to {MOST:g} "
     "(log-uniform), the weight's columns there as all others",
     f"calibration: {CALLS} calls of other inputs; layers are compiled by effuse.compile, reference",
-    "kB: all stored tensors; the branch is in float32",
+    "kB: all stored tensors",
 )
 TIME_REMARKS = (
     "milliseconds: the median of the rounds; ratios: the median of the rounds' own",
