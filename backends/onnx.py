@@ -110,19 +110,34 @@ def export_part(
     dynamic = (*(_open_axes(node) for node in places), *ranks.values())
     examples = [_example(node) for node in places]
     examples += [_of_rank(own[name], axes) for name, axes in ranks.items()]
+    model = _exported(part, module, examples, dynamic, tuple(ranks))
+    make_overridable(model, {name: own[name] for name in ranks}, ranks)
+    strip(model)
+    return model
+
+
+def _exported(
+    part: Part, module: nn.Module, examples: Sequence[torch.Tensor],
+    dynamic: Sequence[dict[int, Any]], swappable: Sequence[str],
+) -> Any:  # fmt: skip
+    """The module of a part as an onnx_ir model.
+
+    Raises:
+        BackendError: an op of it has no ONNX form.
+    """
     with _quiet(), torch.no_grad():
         try:
             exported = torch.export.export(
                 module,
                 tuple(examples),
-                dynamic_shapes={"values": dynamic} if any(dynamic) else None,
+                dynamic_shapes={"values": tuple(dynamic)} if any(dynamic) else None,
                 strict=False,
             )
             program = torch.onnx.export(
                 exported,
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=[*part.inputs, *ranks],
+                input_names=[*part.inputs, *swappable],
                 output_names=list(part.outputs),
                 custom_translation_table=TRANSLATIONS,
                 verbose=False,
@@ -135,8 +150,6 @@ def export_part(
             raise BackendError(
                 f"onnx: the part {part.name!r} has no ONNX form: {reason}"
             ) from error
-    make_overridable(program.model, {name: own[name] for name in ranks}, ranks)
-    strip(program.model)
     return program.model
 
 

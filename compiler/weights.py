@@ -101,9 +101,15 @@ class FileWeights(MutableMapping[str, Tensor]):
 
     def _written(self, tensor: Tensor) -> Place:
         raw = tensor.detach().cpu().contiguous()
-        offset = self._spill.seek(0, 2)
-        self._spill.write(raw.flatten().view(torch.uint8).numpy().data)
-        self._spill.flush()
+        try:
+            offset = self._spill.seek(0, 2)
+            self._spill.write(raw.flatten().view(torch.uint8).numpy().data)
+            self._spill.flush()
+        except OSError as error:
+            raise ConfigError(
+                f"stream: the temporary file in {tempfile.gettempdir()} cannot be written "
+                f"({error.strerror or error}); let TMPDIR name a folder with more room"
+            ) from error
         trim_heap()
         return Place(self._spill, offset, tuple(raw.shape), raw.dtype, raw.dtype)
 
@@ -143,7 +149,10 @@ def open_folder(folder: Path, dtype: torch.dtype) -> FileWeights:
     index = folder / f"{FILE}.index.json"
     names = {FILE}
     if index.exists():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{index}: no index of weights ({error}); copy it again") from error
     found: dict[str, Place] = {}
     for name in sorted(names):
         path = folder / Path(name).name

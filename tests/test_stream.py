@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import shutil
 
@@ -117,6 +119,24 @@ def test_a_checkpoint_in_shards_is_one_store(folder, tmp_path):
     found = open_folder(tmp_path, torch.float32)
     assert set(found) == set(tensors)
     assert all(torch.equal(found[name], value) for name, value in tensors.items())
+
+
+def test_a_full_disk_is_told_with_the_way_out():
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = FileWeights({}, Full())
+    with pytest.raises(ConfigError, match=r"No space left on device.*TMPDIR"):
+        store["a"] = torch.ones(70_000)
+    assert "a" not in store
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
+def test_a_damaged_index_is_named(tmp_path, text):
+    (tmp_path / f"{FILE}.index.json").write_text(text)
+    with pytest.raises(ConfigError, match="no index of weights"):
+        open_folder(tmp_path, torch.float32)
 
 
 # ---- the build -----------------------------------------------------------------------------------
