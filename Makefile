@@ -28,7 +28,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[compiler,diffusers,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[compiler,diffusers,triton,dev]'
 	touch $@
 
 clean:

@@ -5,10 +5,6 @@ Op tests, the documentation of back ends, cost and fallback all read this one ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
-
 import torch
 
 from effuse.kernels import (
@@ -20,21 +16,8 @@ from effuse.kernels import (
     low_rank,
     quantize,
 )
+from effuse.kernels.op import Op, Sample
 from effuse.kernels.quantizers import find_scale, parse_quantizer
-
-Sample = tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Op:
-    """One row: the op, its reference in plain PyTorch, sample arguments, and who runs it how."""
-
-    name: str
-    target: Any
-    reference: Callable[..., torch.Tensor]
-    samples: Callable[[torch.Generator], list[Sample]]
-    implementations: Mapping[str, Literal["native", "simulated"]] = field(default_factory=dict)
-    remark: str = ""
 
 
 def _uniform(generator: torch.Generator, *shape: int) -> torch.Tensor:
