@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 
 import pytest
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on CPU tensors; read at import
 
 
 @pytest.fixture(scope="module", autouse=True)
