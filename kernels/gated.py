@@ -1,0 +1,118 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+"""Activations, gated ones too, and quantized.
+
+    geglu, geglu_tanh, swiglu   v = x[:K] · act(x[K:])     as diffusers' GEGLU and SwiGLU
+    swiglu_first                v = act(x[:K]) · x[K:]
+    gelu, gelu_tanh, silu       v = act(x)
+
+x (…, 2K) or (…, K) float; act is gelu, gelu by tanh, or silu. Arithmetic is float32, rounded to x's
+dtype; then v · smooth (K,), rounded again. Then v is stored, or quantized and projected:
+kernels/rows.py. Source: Shazeer, GLU variants improve transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from effuse.kernels.launch import Launch, Native, check, define
+from effuse.kernels.op import Op, Sample
+from effuse.kernels.rows import Results, empty_results, finish_reference, smoothed
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+GATED = {  # the activation, and whether it takes the first half
+    "geglu": ("gelu", False),
+    "geglu_tanh": ("gelu_tanh", False),
+    "swiglu": ("silu", False),
+    "swiglu_first": ("silu", True),
+}
+
+
+def reference(
+    x: Tensor, smooth: Tensor | None, down: Tensor | None, kind: str, quantizer: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (…, K or 2K) -> values or codes (…, K), their scales, low (…, R); empty if not asked for.
+
+    Raises:
+        BackendError: the kind is unknown, a gated row is odd, or the quantizer is none of rows.
+    """
+    _columns(x, kind)
+    values = _activated(x.float(), kind).to(x.dtype)
+    return finish_reference(smoothed(values, smooth), down, quantizer)
+
+
+def _activated(x: Tensor, kind: str) -> Tensor:
+    if kind in ACTIVATIONS:
+        return ACTIVATIONS[kind](x)
+    name, first = GATED[kind]
+    hidden, gate = x.chunk(2, -1)[:: -1 if first else 1]
+    return hidden * ACTIVATIONS[name](gate)
+
+
+def empty(
+    x: Tensor, smooth: Tensor | None, down: Tensor | None, kind: str, quantizer: str
+) -> Results:
+    """The results of `reference`, not filled."""
+    return empty_results(x, _columns(x, kind), down, quantizer)
+
+
+def launch(
+    results: tuple[Tensor, ...],
+    x: Tensor,
+    smooth: Tensor | None,
+    down: Tensor | None,
+    kind: str,
+    quantizer: str,
+) -> Launch | None:
+    """What fills `results`."""
+    raise NotImplementedError
+
+
+def _columns(x: Tensor, kind: str) -> int:
+    """How many values a row of `x` becomes."""
+    names = (*GATED, *ACTIVATIONS)
+    check(kind in names, f"kind: expected one of {', '.join(names)}, got {kind!r}")
+    columns = x.shape[-1]
+    if kind in ACTIVATIONS:
+        return columns
+    check(columns % 2 == 0, f"x: expected two halves for {kind}, got {columns} columns")
+    return columns // 2
+
+
+NATIVE = Native(empty, launch)
+TARGET = define("gated", reference, NATIVE)
+
+
+def samples(g: torch.Generator) -> list[Sample]:
+    """Arguments to try the op with."""
+    x = torch.randn(2, 5, 64, generator=g)
+    smooth, down = torch.rand(32, generator=g) + 0.5, torch.randn(3, 32, generator=g)
+    return [
+        (x, None, None, "geglu", ""),
+        (x, smooth, down, "geglu", "int8/token/dynamic"),
+        (x.half(), None, None, "geglu_tanh", "e4m3/token/dynamic"),
+        (x.bfloat16(), None, down.bfloat16(), "swiglu", "int8/group16/dynamic"),
+        (x[0, :1], smooth, None, "swiglu_first", "int4/group32/dynamic"),
+        (x[..., :32], smooth, None, "gelu", ""),
+        (x[..., :32], None, None, "gelu_tanh", "int8/token/dynamic"),
+        (x[:, :0], None, down, "swiglu", "int8/token/dynamic"),
+        (x[..., 32:], None, None, "silu", "int8/token/dynamic"),
+    ]
+
+
+ROW = Op(
+    "gated",
+    TARGET,
+    reference,
+    samples,
+    {"reference": "simulated", "triton": "native"},
+    "GELU, SiLU, GEGLU or SwiGLU, quantization and down-projection in one kernel",
+    NATIVE,
+)
