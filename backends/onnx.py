@@ -31,6 +31,11 @@ OPSET = 21
 NARROW = ("FLOAT16", "BFLOAT16", "INT8", "UINT8", "INT4", "UINT4")
 
 
+def absent(target: str | None) -> str | None:
+    """Why what was built for `target` does not run here: it does."""
+    return None
+
+
 def available() -> str | None:
     """Why this back end cannot be used here, or None."""
     for module in ("onnx", "onnx_ir", "onnxscript", "onnxruntime"):
@@ -65,7 +70,10 @@ class PartModule(nn.Module):
         return evaluate(self._part.graph, {**given, **weights}, given)
 
 
-def build(program: Program, folder: Path, progress: Any = lambda what, done, total: None) -> None:
+def build(
+    program: Program, folder: Path, progress: Any = lambda what, done, total: None,
+    target: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Write `<part>.onnx` for every part, and `weights.safetensors`, into `folder`.
 
     Raises:
@@ -86,6 +94,7 @@ def build(program: Program, folder: Path, progress: Any = lambda what, done, tot
     for name, model in models.items():
         store.save(model, folder / f"{name}.onnx")
     progress("export to ONNX", len(program.parts), len(program.parts))
+    return {}
 
 
 def export_part(

@@ -74,6 +74,11 @@ class TorchArrays:
         return torch.where(mask.to(one.device), one, other)
 
 
+def absent(target: str | None) -> str | None:
+    """Why what was built for `target` does not run here: it does."""
+    return None
+
+
 def available() -> str | None:
     """Always there."""
     return None
@@ -131,7 +136,10 @@ def _runner(
     return run
 
 
-def build(program: Program, folder: Path, progress: Any = lambda what, done, total: None) -> None:
+def build(
+    program: Program, folder: Path, progress: Any = lambda what, done, total: None,
+    target: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Write the graphs as JSON and the weights as safetensors."""
     graphs = {part.name: graph_to_json(part.graph) for part in program.parts}
     text = json.dumps(graphs, sort_keys=True, separators=(",", ":"))
@@ -139,6 +147,7 @@ def build(program: Program, folder: Path, progress: Any = lambda what, done, tot
     tensors = {name: tensor.contiguous() for name, tensor in program.weights.items()}
     save_file(untied(tensors), folder / "weights.safetensors")
     progress("write", 1, 1)
+    return {}
 
 
 def untied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -142,12 +142,13 @@ class Compiled:
 
     @property
     def device(self) -> Any:
-        """Where tensors come back: the CPU."""
+        """Where it computes: the CPU, or the GPU that it was compiled for."""
+        name = "cuda" if self.manifest["backend"] == "triton" else "cpu"
         try:
             import torch
         except ModuleNotFoundError:
-            return "cpu"
-        return torch.device("cpu")
+            return name
+        return torch.device(name if torch.cuda.is_available() else "cpu")
 
     def to(self, *args: Any, **kwargs: Any) -> Compiled:
         """Itself: a compiled network stays where it was compiled for; pipelines call this."""
@@ -258,4 +259,9 @@ def _open(
         from effuse.backends.reference import load_session
 
         return load_session(spec, folder)
+    if backend == "triton":
+        require("torch")
+        from effuse.backends import triton
+
+        return triton.load_session(spec, folder)
     raise ArtifactError(f"{name}: built for {backend!r}, which this effuse does not run")

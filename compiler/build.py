@@ -41,7 +41,7 @@ NUDGE = 1e-6  # relative: a few float32 roundings, as kernels differ from each o
 EXACT_DB = {"float32": 90.0, "float64": 90.0, "float16": 45.0}  # rounding alone, by dtype
 TIE_MARGIN_DB = 3.0  # two such runs of one network differ by up to this much in their distance
 UNCHECKED: Mapping[str, Any] = {"error": None, "sqnr_db": None}
-LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "numpy")
+LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "numpy", "triton")
 
 
 def capture_program(
@@ -194,21 +194,25 @@ def lower(
 ) -> tuple[Session | None, dict[str, Any]]:
     """Build the program into `folder`, check it against reference, and complete the artifact.
 
-    What is streamed is neither opened nor checked as a whole: that would take its memory.
+    What is streamed is neither opened nor checked as a whole: that would take its memory. What
+    cannot run here is checked as far as it was lowered.
     """
     name, fallback = pick_backend(config)
     backend = importlib.import_module(f"effuse.backends.{name}")
     if reason := backend.available():
         raise BackendError(f"{name}: {reason}")
-    backend.build(program, folder, show)
+    told = backend.build(program, folder, show, config.target)
     session: Session | None = None
     parity: Mapping[str, Any] = UNCHECKED
+    absent = backend.absent(config.target)
     if not config.stream:
-        session = backend.load_session(program.spec(), folder)
-        parity = check_parity(program, session, name)
+        session = None if absent else backend.load_session(program.spec(), folder)
+        rehearsed = session or backend.rehearse(program.spec(), folder)
+        parity = check_parity(program, rehearsed, name)
     text = "\n".join(f"# {part.name}\n{dump(part.graph)}" for part in program.parts)
     (folder / "graphs.txt.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
-    described = describe(program, config, name, parity, fallback)
+    described = {**describe(program, config, name, parity, fallback), **told}
+    described["absent"] = absent
     return session, artifact.finish(folder, described)
 
 

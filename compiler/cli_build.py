@@ -30,6 +30,7 @@ from effuse.roles import infer_roles
 FILES = {
     "onnx": "<part>.onnx for each part (a step, and what runs once a picture), weights.safetensors",
     "reference": "graphs.json, weights.safetensors",
+    "triton": "graphs.json, weights.safetensors, kernels.json, a cubin for each kernel",
 }
 ALWAYS = "manifest.json, SHA256SUMS, graphs.txt.gz"
 
@@ -44,6 +45,7 @@ class Request:
     scheduler: Path | None = None
     timesteps: Sequence[float] | None = None
     backend: str | None = None
+    target: str | None = None
     batch: int | None = None
     dynamic: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -53,8 +55,8 @@ class Request:
         """The configuration, with the command line's overrides."""
         base = resolve_config(self.config)
         given = {name: getattr(base, name) for name in type(base).model_fields}
-        if self.backend is not None:
-            given["backend"] = self.backend
+        given["backend"] = self.backend or base.backend
+        given["target"] = self.target or base.target
         given["stream"] = base.stream or self.stream
         given["roles"] = {**base.roles, **self.roles}
         given["dynamic"] = {**base.dynamic, **self.dynamic}

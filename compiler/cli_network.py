@@ -29,7 +29,10 @@ def compile_(
     steps: Steps = None,
     scheduler: SchedulerFolder = None,
     timesteps: Times = None,
-    backend: Annotated[str | None, typer.Option(help="auto, onnx or reference.")] = None,
+    backend: Annotated[str | None, typer.Option(help="auto, onnx, triton or reference.")] = None,
+    target: Annotated[
+        str | None, typer.Option(metavar="CHIP", help="Build for it, here or not: sm_90, cpu-avx2.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Batch of the example inputs.")] = None,
     dynamic: Annotated[
         list[str] | None, typer.Option(metavar="NAME=LOW:HIGH", help="Leave a size open.")
@@ -48,13 +51,15 @@ def compile_(
     With --steps the timesteps are those of the scheduler in MODEL/scheduler, or of --scheduler;
     what depends on the timestep only is then computed at build time. With --stream weights are
     read from MODEL as they are needed; nothing calibrates then, which leaves the presets exact and
-    w4a16.
+    w4a16. With --backend triton every kernel is compiled for the GPU --target, which need not be
+    here; there the artifact needs torch, and compiles nothing.
 
     \b
     Examples:
       effuse compile unet/ -o unet.effuse
       effuse compile unet/ -c w8a8 --steps 50 -o unet.zip --report unet.html
       effuse compile unet/ -c w4a16 --stream --steps 30 -o unet.effuse
+      effuse compile transformer/ -c w8a8 --backend triton --target sm_90 -o dit.effuse
       effuse compile unet/ -c mine.toml --dynamic batch=1:8 --dry-run
     """
     from effuse import cli_build
@@ -62,7 +67,7 @@ def compile_(
     if output is None and not dry_run:
         raise typer.BadParameter("say where to write: -o OUT (or try --dry-run)")
     request = _request(model, config, steps, scheduler, timesteps, role, backend=backend,
-                       batch=batch, dynamic=ranges(dynamic or (), "--dynamic"),
+                       target=target, batch=batch, dynamic=ranges(dynamic or (), "--dynamic"),
                        stream=stream)  # fmt: skip
     if dry_run or output is None:
         cli_build.dry_run(request, output, report)

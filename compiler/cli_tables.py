@@ -36,7 +36,7 @@ FLAGS = {
     "amx_bf16": "bfloat16 products in tiles",
 }
 CPUINFO = Path("/proc/cpuinfo")
-PLANNED_BACKENDS = ("tensorrt", "triton")
+PLANNED_BACKENDS = ("tensorrt",)
 PLANNED_PASSES = ("cache", "skip", "prune", "smooth", "low_rank", "split_shortcut", "fuse")
 SELECTIONS = {  # the options that every pass has
     "include": "patterns over module paths: only there",

@@ -10,6 +10,7 @@ from typing import Any
 
 from effuse.errors import ConfigError, nearest, require
 from effuse.plan import to_json
+from effuse.targets import check_backend, check_target
 
 try:
     from pydantic import (
@@ -27,8 +28,7 @@ except ModuleNotFoundError as missing:
     require(str(missing.name))  # says what installs it
     raise
 
-BACKENDS = ("auto", "reference", "onnx")
-TARGETS = ("cpu", "cpu-avx2", "cpu-avx512vnni", "cpu-neon")  # what instructions are there
+BACKENDS = ("auto", "reference", "onnx", "triton")
 
 
 class Config(BaseModel):
@@ -36,8 +36,9 @@ class Config(BaseModel):
 
     Args:
         passes: what to rewrite, in any order; canonicalization always runs first.
-        backend: `reference`, `onnx`, or `auto` (the fastest that is there).
-        target: what to build for, present or not, e.g. `cpu-avx512vnni`; None: this machine.
+        backend: `reference`, `onnx`, `triton`, or `auto` (the fastest that is there).
+        target: what to build for, present or not, e.g. `cpu-avx512vnni` or `sm_90`; None: this
+            machine.
         seed: of everything random (calibration noise).
         roles: overrides, input's label -> latent, timestep, prompt or static.
         dynamic: sizes left open with bounds, e.g. {"batch": (1, 8)}.
@@ -74,6 +75,7 @@ class Config(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise own_error(error) or ConfigError(f"config: {first_problem(error)}") from None
+        check_backend(self.target, self.backend)
 
     @field_validator("passes", mode="before")
     @classmethod
@@ -98,8 +100,8 @@ class Config(BaseModel):
     @field_validator("target")
     @classmethod
     def _target(cls, value: str | None) -> str | None:
-        if value is not None and value not in TARGETS:
-            raise ConfigError(f"target: {value!r} is not in this version{nearest(value, TARGETS)}")
+        if value is not None:
+            check_target(value)
         return value
 
     @field_validator("dynamic")

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from effuse.weights import Weights, WeightStore
 
 Observer = Callable[[fx.Node, Any], Any]
+Caller = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 
 INHERITED = ("nn_module_stack", "stack_trace")
 
@@ -177,17 +178,24 @@ def source_line(node: fx.Node) -> str:
     return " ".join(lines[files[-1] : files[-1] + 2]) if files else ""
 
 
+def call_target(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a call of the node's function gives."""
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
 def evaluate(
-    graph: fx.Graph, weights: Weights, values: Mapping[str, Any], observe: Observer | None = None
-) -> tuple[Any, ...]:
+    graph: fx.Graph, weights: Weights, values: Mapping[str, Any], observe: Observer | None = None,
+    call: Caller = call_target,
+) -> tuple[Any, ...]:  # fmt: skip
     """Run a graph on real tensors, one node at a time, dropping each value after its last use.
 
-    `observe(node, value)` sees every computed value and may return another in its place.
+    `observe(node, value)` sees every computed value and may return another in its place; `call`
+    computes the calls.
     """
     last = _last_uses(graph)
     env: dict[fx.Node, Any] = {}
     for node in graph.nodes:
-        env[node] = _run(node, env, weights, values)
+        env[node] = _run(node, env, weights, values, call)
         if observe is not None and node.op in ("placeholder", "call_function"):
             replaced = observe(node, env[node])
             env[node] = env[node] if replaced is None else replaced
@@ -208,7 +216,7 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     return last
 
 
-def _run(node: fx.Node, env: Any, weights: Weights, values: Mapping[str, Any]) -> Any:
+def _run(node: fx.Node, env: Any, weights: Weights, values: Mapping[str, Any], call: Caller) -> Any:
     if node.op == "placeholder":
         return values[str(node.target)]
     if node.op == "get_attr":
@@ -216,5 +224,24 @@ def _run(node: fx.Node, env: Any, weights: Weights, values: Mapping[str, Any]) -
     args = fx.map_arg(node.args, env.__getitem__)
     if node.op == "output":
         return args[0]
-    kwargs = fx.map_arg(node.kwargs, env.__getitem__)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    return call(node, args, fx.map_arg(node.kwargs, env.__getitem__))  # type: ignore[arg-type]
+
+
+def record(graph: fx.Graph, weights: Weights, values: Mapping[str, Any]) -> None:
+    """Record the values of a graph that was read from a file, for inputs like `values`."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = {name: mode.from_tensor(value) for name, value in values.items()}
+    stored: dict[str, Any] = {}
+    for node in graph.nodes:
+        name = str(node.target)
+        if node.op == "get_attr" and name not in stored:
+            stored[name] = mode.from_tensor(weights[name])
+
+    def keep(node: fx.Node, value: Any) -> None:
+        node.meta["val"] = value
+
+    with mode, torch.no_grad():
+        evaluate(graph, stored, fakes, keep)
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            node.meta["val"] = stored[str(node.target)]

@@ -52,6 +52,10 @@ def facts(manifest: Manifest, seconds: Mapping[str, float]) -> list[str]:
         lines.append(f"fell back from the faster back end: {manifest['fallback']}")
     if parity.get("sqnr_db") is not None:
         lines.append(f"agrees with reference {to_decibels(parity['sqnr_db'])} on the examples")
+    if manifest.get("absent"):
+        lines.append(f"not run here: {manifest['absent']}")
+    if kernels := manifest.get("kernels"):
+        lines.append(kernels_line(kernels))
     if seconds:
         phases = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
         lines.append(f"compiled in {sum(seconds.values()):.1f} s ({phases})")
@@ -65,6 +69,7 @@ def tables(manifest: Manifest) -> list[Table]:
         programs_table(manifest),
         passes_table(manifest),
         native_table(manifest),
+        kernels_table(manifest),
     ]
 
 
@@ -131,6 +136,37 @@ def native_table(manifest: Manifest) -> Table:
     """Which ops of effuse the back end has, and which it only imitates."""
     rows = sorted(manifest.get("native", {}).items())
     return Table("Low-bit operations", ("operation", "arithmetic"), rows)
+
+
+def kernels_line(kernels: Mapping[str, Any]) -> str:
+    """How many kernels there are, and the most that one asks of the GPU."""
+    most = kernels["most"]
+    return (
+        f"{kernels['distinct']} kernels compiled for {kernels['target']}: at most "
+        f"{most['registers']} registers and {most['spills']} spilled bytes a thread, "
+        f"{most['shared'] / 1024:.0f} KiB of shared memory"
+    )
+
+
+def kernels_table(manifest: Manifest) -> Table:
+    """What each part launches and moves on the GPU, against one kernel for each operation."""
+    kernels = manifest.get("kernels", {})
+    columns = (
+        "program", "launches", "unfused", "MB moved", "MB unfused", "arena, MB", "by PyTorch's ops"
+    )  # fmt: skip
+    rows = [
+        (
+            name,
+            str(part["launches"]),
+            str(kernels["before"][name]["launches"]),
+            megabytes(part["bytes"]),
+            megabytes(kernels["before"][name]["bytes"]),
+            megabytes(part["arena"]),
+            counted(part["fallback"]) or "–",
+        )
+        for name, part in kernels.get("parts", {}).items()
+    ]
+    return Table("Kernels (counted, not measured)", columns, rows)
 
 
 def kept_table(manifest: Manifest) -> Table:

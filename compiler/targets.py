@@ -1,0 +1,92 @@
+"""What a program can be built for, present or not: CPUs by their instructions, GPUs by their chip.
+
+Facts about chips are rows of `GPUS`. A GPU runs what was built for its own compute capability; the
+low-bit arithmetic of tensor cores differs by generation: int8 from sm_80, e4m3 from sm_89.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from effuse.errors import ConfigError, nearest
+
+CPUS = ("cpu", "cpu-avx2", "cpu-avx512vnni", "cpu-neon")  # what instructions are there
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A chip as the compiler of kernels knows it.
+
+    Args:
+        name: NVIDIA's name of the architecture, `sm_` and the compute capability.
+        chips: products, for people.
+        products: the instruction that multiplies matrices.
+        shared: bytes of shared memory that one program may have.
+        e4m3: whether tensor cores multiply 8-bit floats.
+    """
+
+    name: str
+    chips: str
+    products: str
+    shared: int
+    e4m3: bool
+
+    @property
+    def capability(self) -> int:
+        """The compute capability as one number: 90 for 9.0."""
+        return int(self.name.removeprefix("sm_"))
+
+
+GPUS = {
+    row.name: row
+    for row in (
+        Gpu("sm_80", "A100, A30", "mma", 163 << 10, False),
+        Gpu("sm_86", "RTX 3090, A10, A40", "mma", 99 << 10, False),
+        Gpu("sm_87", "Jetson Orin", "mma", 163 << 10, False),
+        Gpu("sm_89", "RTX 4090, L4, L40", "mma", 99 << 10, True),
+        Gpu("sm_90", "H100, H200", "wgmma", 227 << 10, True),
+        Gpu("sm_100", "B200", "tcgen05", 227 << 10, True),
+        Gpu("sm_120", "RTX 5090", "mma", 99 << 10, True),
+    )
+}
+TARGETS = (*CPUS, *GPUS)
+
+
+def check_target(name: str) -> None:
+    """See that a target is one that effuse builds for.
+
+    Raises:
+        ConfigError: it is not; it names the nearest that is.
+    """
+    if name in TARGETS:
+        return
+    number = name.removeprefix("sm_")
+    if name.startswith("sm_") and number.isdigit():
+        raise ConfigError(f"target: {name!r}: {_no_gpu(int(number))}")
+    raise ConfigError(f"target: {name!r} is not in this version{nearest(name, TARGETS)}")
+
+
+def _no_gpu(number: int) -> str:
+    known = [gpu.capability for gpu in GPUS.values()]
+    closest = min(known, key=lambda each: abs(each - number))
+    if number < min(known):
+        return (
+            "too old: the tensor cores' int8 products that the kernels use begin with sm_80; the "
+            f"nearest that works is sm_{closest}; for older GPUs build with backend='onnx'"
+        )
+    return f"not in this version; the nearest is sm_{closest} (known: {', '.join(GPUS)})"
+
+
+def check_backend(target: str | None, backend: str) -> None:
+    """See that target and back end go together.
+
+    Raises:
+        ConfigError: a GPU for a back end of CPUs, or the other way round.
+    """
+    if backend == "triton" and target in CPUS:
+        raise ConfigError(f"target: {target!r} is a CPU; backend='triton' builds for {list(GPUS)}")
+    if target in GPUS and backend not in ("triton", "auto"):
+        raise ConfigError(
+            f"target: {target!r} is a GPU, which backend={backend!r} does not build for; set "
+            "backend='triton'"
+        )
