@@ -14,17 +14,35 @@ Sums are in float32. Epilogue: kernels/epilogue.py.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from effuse.cost import FORMULAS, matmul_flops
-from effuse.kernels.epilogue import Epilogue, finish, result_shape
-from effuse.kernels.launch import Launch, Native, define
+from effuse.kernels.epilogue import (
+    Epilogue,
+    check_tail,
+    finish,
+    finish_tile,
+    result_shape,
+    tail_args,
+    tail_constants,
+)
+from effuse.kernels.launch import Launch, Native, check, contiguous, define, dot, jit, tl
 from effuse.kernels.low_bit import pack_weight, unpack_reference
 from effuse.kernels.op import Op, Sample
-from effuse.kernels.quantizers import find_scale, parse_quantizer, to_codes
+from effuse.kernels.quantizers import Quantizer, find_scale, parse_quantizer, to_codes
+from effuse.kernels.tiles import BAND, Tile, clamped, load, pick, place, programs
+from effuse.kernels.unpacking import (
+    e2m1_to_float,
+    halves,
+    int4_in_high_bits,
+    int4_to_float,
+    scale_to_float,
+    spread,
+)
 
 
 def reference(
@@ -56,19 +74,259 @@ def _spread(scale: Tensor, columns: int) -> Tensor:
     return scale.double().repeat_interleave(columns // max(1, scale.shape[-1]), -1)
 
 
+@jit
+def int8_sums(
+    packed, right, w_scale, x_scale, k, half, depth,
+    GROUP: tl.constexpr, X_GROUP: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Σ over groups of scales · (Σ_k packed · right in int32), float32 (BN, BM).
+
+    A scale whose group is 0 is left out: it is the same for the whole row.
+    """
+    total = tl.zeros((BN, BM), dtype=tl.float32)
+    for start in range(0, depth, STEP):
+        size = tl.minimum(depth - start, STEP)
+        w = int4_in_high_bits(load(packed + start // 2, half[None, :], size // 2, EVEN))
+        q = load(right + start, k[:, None], size, EVEN)
+        part = dot(w, q, tl.zeros((BN, BM), dtype=tl.int32)).to(tl.float32)
+        if GROUP:
+            part *= tl.load(w_scale + start // GROUP)[:, None]
+        if X_GROUP:
+            part *= tl.load(x_scale + start // X_GROUP)[None, :]
+        total += part
+    return total * 0.0625
+
+
+@jit
+def float_sums(
+    packed, right, w_scale, over, k, half, depth, groups, compute,
+    GRID: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Σ_k (code · scale · over) · right, both rounded to the type `compute`, float32 (BN, BM)."""
+    total = tl.zeros((BN, BM), dtype=tl.float32)
+    g = tl.arange(0, GROUPS)
+    for start in range(0, depth, BK):
+        bits = halves(load(packed + start // 2, half[None, :], (depth - start) // 2, EVEN))
+        value = int4_to_float(bits) if GRID == "int" else e2m1_to_float(bits)
+        at = start // GROUP + g if GROUP else g
+        stored = load(w_scale[:, None] + at[None, :], at[None, :], groups, EVEN)
+        w = value * spread(scale_to_float(stored, SCALE) * over, BN, GROUPS, BK)
+        x = load(right + start, k[:, None], depth - start, EVEN)
+        total = dot(w.to(compute), x.to(compute), total)
+    return total
+
+
+@jit
+def linear_packed_kernel(
+    y, x, scale, packed, w_scale, over, bias, low, up, gate, residual,
+    rows, columns, depth, groups, rank, span, plane,
+    GRID: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr,
+    STEP: tl.constexpr, GROUPS: tl.constexpr, ACTIVATION: tl.constexpr, PLANES: tl.constexpr,
+    EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    BAND: tl.constexpr,
+):  # fmt: skip
+    """One tile of y: rows m, columns n."""
+    m, n = place(rows, columns, BM, BN, BAND)
+    row, column = clamped(m, rows), clamped(n, columns)
+    k, half = tl.arange(0, BK), tl.arange(0, BK // 2)
+    left = packed + column[:, None] * (depth // 2) + half[None, :]
+    right = x + row[None, :] * depth + k[:, None]
+    w_scale += column * groups
+    if x.dtype.element_ty == tl.int8:
+        s = scale + row * (depth // X_GROUP) if X_GROUP else scale + row
+        total = int8_sums(left, right, w_scale, s, k, half, depth,
+                          GROUP, X_GROUP, STEP, EVEN, BM, BN, BK)  # fmt: skip
+        if not GROUP:
+            total *= tl.load(w_scale)[:, None]
+        if not X_GROUP:
+            total *= tl.load(s)[None, :]
+    elif scale is not None:
+        total = float_sums(left, right, w_scale, 1.0, k, half, depth, groups, tl.bfloat16,
+                           GRID, SCALE, GROUP, EVEN, BM, BN, BK, GROUPS)  # fmt: skip
+        total *= tl.load(scale + row)[None, :]
+        if over is not None:
+            total *= tl.load(over)
+    else:
+        factor = tl.load(over) if over is not None else 1.0
+        total = float_sums(left, right, w_scale, factor, k, half, depth, groups,
+                           x.dtype.element_ty, GRID, SCALE, GROUP, EVEN, BM, BN, BK,
+                           GROUPS)  # fmt: skip
+    finish_tile(y, total, m, n, bias, low, up, gate, residual, rows, columns, rank, span, plane,
+                ACTIVATION, PLANES, BR)  # fmt: skip
+
+
+LEAST = 32  # columns that an int8 product takes at least
+TILES = {
+    torch.int8: (
+        Tile(128, 128, 128, 8, 3),
+        Tile(64, 128, 128, 4, 3),
+        Tile(64, 64, 128, 4, 4),
+        Tile(32, 64, 128, 4, 4),
+        Tile(16, 64, 128, 4, 4),
+    ),
+    torch.bfloat16: (
+        Tile(128, 128, 64, 8, 3),
+        Tile(64, 128, 64, 4, 3),
+        Tile(64, 64, 64, 4, 4),
+        Tile(32, 64, 64, 4, 4),
+        Tile(16, 64, 128, 4, 4),
+    ),
+    torch.float32: (Tile(64, 64, 32, 8, 2), Tile(16, 64, 32, 4, 2)),
+}
+TILES[torch.float16] = TILES[torch.float8_e4m3fn] = TILES[torch.bfloat16]
+
+
 def empty(x: Tensor, scale: Tensor | None, packed: Tensor, *args: Any) -> Tensor:
     """The result of `reference`, not filled."""
     parts, dtype = args[-2:]
     return x.new_empty(result_shape((*x.shape[:-1], packed.shape[0]), parts), dtype=dtype)
 
 
-def launch(results: tuple[Tensor, ...], *args: Any) -> Launch | None:
+def launch(
+    results: tuple[Tensor, ...],
+    x: Tensor,
+    scale: Tensor | None,
+    packed: Tensor,
+    w_scale: Tensor,
+    over: Tensor | None,
+    bias: Tensor | None,
+    low: Tensor | None,
+    up: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    weight: str,
+    activation: str,
+    parts: int,
+    dtype: torch.dtype,
+) -> Launch | None:
     """What fills the result.
 
     Raises:
         BackendError: the kernel cannot take the arguments.
     """
-    raise NotImplementedError
+    how, tail = parse_quantizer(weight), Epilogue(bias, low, up, gate, residual, activation, parts)
+    rows, columns = prod(x.shape[:-1]), len(packed)
+    _check_weight(x, packed, w_scale, over, how)
+    _check_activations(x, scale, how)
+    check_tail(tail, (*x.shape[:-1], columns))
+    if not results[0].numel():
+        return None
+    tile = pick(TILES[x.dtype], rows, columns)
+    return Launch(
+        linear_packed_kernel,
+        (programs(tile, rows, columns),),
+        {
+            "y": results[0],
+            "x": x,
+            "scale": scale,
+            "packed": packed,
+            "w_scale": w_scale,
+            "over": over,
+            "depth": x.shape[-1],
+            "groups": w_scale.shape[1],
+            **tail_args(tail, rows, columns),
+        },
+        _blocks(x, scale, how, tile)
+        | tail_constants(tail)
+        | {
+            "GRID": how.grid.kind,
+            "SCALE": how.scale.partition("-")[0],
+            "BM": tile.rows,
+            "BN": tile.columns,
+            "BAND": BAND,
+        },
+        tile.warps,
+        tile.stages,
+    )
+
+
+def _blocks(x: Tensor, scale: Tensor | None, how: Quantizer, tile: Tile) -> dict[str, int | bool]:
+    """How the sum over the columns is cut: what an int8 product adds up has one scale."""
+    depth = x.shape[-1]
+    group, x_group = how.group, 0
+    if scale is not None and scale.shape[-1] > 1:
+        x_group = depth // scale.shape[-1]
+    step = block = tile.depth
+    if x.dtype == torch.int8:
+        step = min(size for size in (step, group, x_group) if size)
+        block = max(step, LEAST)
+    return {
+        "GROUP": group,
+        "X_GROUP": x_group,
+        "STEP": step,
+        "BK": block,
+        "GROUPS": max(1, block // group) if group else 1,
+        "EVEN": depth % step == 0 and step == block,
+    }
+
+
+TAKEN = ("int4/channel", "int4/groupG", "e2m1/groupG/scale-e4m3", "e2m1/groupG/scale-e8m0")
+
+
+def _check_weight(
+    x: Tensor, packed: Tensor, w_scale: Tensor, over: Tensor | None, how: Quantizer
+) -> None:
+    contiguous(packed=packed, w_scale=w_scale)
+    depth, rows = x.shape[-1], packed.shape[0]
+    blocks = how.granularity == "channel" or _is_block(how.group)
+    check(
+        str(how.grid) in ("int4", "e2m1") and how.symmetric and blocks,
+        f"weight: expected one of {TAKEN} with G a power of two >= 16, got {str(how)!r}",
+    )
+    check(
+        packed.dtype == torch.uint8
+        and depth % 2 == 0
+        and tuple(packed.shape) == (rows, depth // 2),
+        f"packed: expected uint8 (N, {depth} / 2), half of x's last axis, which is even, got "
+        f"{packed.dtype} {tuple(packed.shape)}; pad the columns",
+    )
+    stored = torch.float32 if how.scale == "float32" else torch.uint8
+    shape = (rows, depth // how.group if how.group else 1)
+    check(
+        w_scale.dtype == stored and tuple(w_scale.shape) == shape,
+        f"w_scale: expected {stored} {shape} for {str(how)!r}, got {w_scale.dtype} "
+        f"{tuple(w_scale.shape)}; hand over what pack_weight stored",
+    )
+    check(
+        over is None or (over.dtype == torch.float32 and over.numel() == 1),
+        "over: expected one float32 element; hand over what pack_weight stored",
+    )
+
+
+def _is_block(size: int) -> bool:
+    return size >= 16 and size & (size - 1) == 0
+
+
+def _check_activations(x: Tensor, scale: Tensor | None, how: Quantizer) -> None:
+    contiguous(x=x, scale=scale)
+    kinds = {torch.int8: "int", torch.float8_e4m3fn: "float"}
+    needed = "float16, bfloat16 or float32 without a scale; " + (
+        "int8 with one" if how.grid.kind == "int" else "float8_e4m3fn with one"
+    )
+    codes = scale is not None and kinds.get(x.dtype) == how.grid.kind
+    floats = scale is None and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    check(
+        codes or floats,
+        f"x: expected {needed} beside {str(how.grid)!r} weights, got {x.dtype} "
+        f"{'without' if scale is None else 'with'} a scale; quantize it so, or not at all",
+    )
+    if scale is not None:
+        _check_scale(x, scale)
+
+
+def _check_scale(x: Tensor, scale: Tensor) -> None:
+    depth, count = x.shape[-1], scale.shape[-1]
+    grouped = x.dtype == torch.int8 and count > 0 and depth % count == 0
+    check(
+        scale.dtype == torch.float32
+        and scale.shape[:-1] == x.shape[:-1]
+        and (count == 1 or (grouped and _is_block(depth // count))),
+        "scale: expected float32, one for each row (…, 1) or, of int8, for each group of a power "
+        f"of two >= 16 columns, got {scale.dtype} {tuple(scale.shape)} for x {tuple(x.shape)}; "
+        "requantize",
+    )
 
 
 TARGET = define("linear_packed", reference, Native(empty, launch))

@@ -10,15 +10,25 @@ where the tensor cores add with fewer bits. Epilogue: kernels/epilogue.py.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from effuse.cost import FORMULAS, matmul_flops
-from effuse.kernels.epilogue import Epilogue, finish, result_shape
-from effuse.kernels.launch import Launch, Native, define
+from effuse.kernels.epilogue import (
+    Epilogue,
+    check_tail,
+    finish,
+    finish_tile,
+    result_shape,
+    tail_args,
+    tail_constants,
+)
+from effuse.kernels.launch import Launch, Native, check, contiguous, define, dot, jit, tl
 from effuse.kernels.op import Op, Sample
+from effuse.kernels.tiles import BAND, Tile, clamped, load, pick, place, programs
 
 DEEPEST = 1 << 16  # columns whose int8 products surely fit an int32
 
@@ -49,6 +59,79 @@ def reference(
     return finish(scaled, Epilogue(bias, low, up, gate, residual, activation, parts), dtype)
 
 
+@jit
+def int8_sums(
+    left, right, k, depth, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):
+    """Σ_k left · right, int32 (BN, BM)."""
+    total = tl.zeros((BN, BM), dtype=tl.int32)
+    for start in range(0, depth, BK):
+        w = load(left + start, k[None, :], depth - start, EVEN)
+        q = load(right + start, k[:, None], depth - start, EVEN)
+        total = dot(w, q, total)
+    return total
+
+
+@jit
+def e4m3_sums(
+    left,
+    right,
+    k,
+    depth,
+    s,
+    EVEN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """s · Σ_k left · right, float32 (BN, BM).
+
+    Tensor cores keep some 14 bits of a sum of e4m3 products. So each BK products are a sum of
+    their own; the scale is multiplied here lest the compiler add them up in the tensor cores again.
+    """
+    total = tl.zeros((BN, BM), dtype=tl.float32)
+    for start in range(0, depth, BK):
+        w = load(left + start, k[None, :], depth - start, EVEN)
+        q = load(right + start, k[:, None], depth - start, EVEN)
+        total += dot(w, q, tl.zeros((BN, BM), dtype=tl.float32)) * s
+    return total
+
+
+@jit
+def linear_scaled_kernel(
+    y, codes, scale, zero, weight, channels, sums, bias, low, up, gate, residual,
+    rows, columns, depth, rank, span, plane,
+    PER_ROW: tl.constexpr, ACTIVATION: tl.constexpr, PLANES: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    """One tile of y: rows m, columns n."""
+    m, n = place(rows, columns, BM, BN, BAND)
+    k = tl.arange(0, BK)
+    left = weight + clamped(n, columns)[:, None] * depth + k[None, :]
+    right = codes + clamped(m, rows)[None, :] * depth + k[:, None]
+    s = tl.load(scale + m, mask=m < rows, other=0.0)[None, :] if PER_ROW else tl.load(scale)
+    if codes.dtype.element_ty == tl.int8:
+        whole = int8_sums(left, right, k, depth, EVEN, BM, BN, BK)
+        if zero is not None:
+            offset = tl.load(zero).to(tl.int32) * tl.load(sums + n, mask=n < columns, other=0)
+            whole -= offset[:, None]
+        total = whole.to(tl.float32) * s
+    else:
+        total = e4m3_sums(left, right, k, depth, s, EVEN, BM, BN, BK)
+    total *= tl.load(channels + n, mask=n < columns, other=0.0)[:, None]
+    finish_tile(y, total, m, n, bias, low, up, gate, residual, rows, columns, rank, span, plane,
+                ACTIVATION, PLANES, BR)  # fmt: skip
+
+
+TILES = (
+    Tile(128, 128, 128, 8, 3),
+    Tile(64, 128, 128, 4, 3),
+    Tile(64, 64, 128, 4, 4),
+    Tile(32, 64, 128, 4, 4),
+    Tile(16, 64, 128, 4, 4),
+)
+
+
 def empty(codes: Tensor, *args: Any) -> Tensor:
     """The result of `reference`, not filled."""
     weight, parts, dtype = args[2], args[-2], args[-1]
@@ -56,13 +139,108 @@ def empty(codes: Tensor, *args: Any) -> Tensor:
     return codes.new_empty(shape, dtype=dtype)
 
 
-def launch(results: tuple[Tensor, ...], *args: Any) -> Launch | None:
+def launch(
+    results: tuple[Tensor, ...],
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    weight: Tensor,
+    channels: Tensor,
+    sums: Tensor | None,
+    *rest: Any,
+) -> Launch | None:
     """What fills the result.
 
     Raises:
         BackendError: the kernel cannot take the arguments.
     """
-    raise NotImplementedError
+    tail = Epilogue(*rest[:-1])
+    columns, depth = weight.shape
+    rows = prod(codes.shape[:-1])
+    _check_codes(codes, weight)
+    _check_scales(codes, scale, zero, columns, channels, sums)
+    check_tail(tail, (*codes.shape[:-1], columns))
+    if not results[0].numel():
+        return None
+    tile = pick(TILES, rows, columns)
+    return Launch(
+        linear_scaled_kernel,
+        (programs(tile, rows, columns),),
+        {
+            "y": results[0],
+            "codes": codes,
+            "scale": scale,
+            "zero": zero,
+            "weight": weight,
+            "channels": channels,
+            "sums": sums,
+            "depth": depth,
+            **tail_args(tail, rows, columns),
+        },
+        {
+            "PER_ROW": scale.numel() > 1,
+            "EVEN": depth % tile.depth == 0,
+            "BM": tile.rows,
+            "BN": tile.columns,
+            "BK": tile.depth,
+            "BAND": BAND,
+            **tail_constants(tail),
+        },
+        tile.warps,
+        tile.stages,
+    )
+
+
+def _check_codes(codes: Tensor, weight: Tensor) -> None:
+    contiguous(codes=codes, weight=weight)
+    check(
+        codes.dtype == weight.dtype and codes.dtype in (torch.int8, torch.float8_e4m3fn),
+        "codes, weight: expected both int8 or both float8_e4m3fn, got "
+        f"{codes.dtype} and {weight.dtype}; quantize both alike",
+    )
+    check(
+        weight.dim() == 2 and codes.shape[-1] == weight.shape[1],
+        f"weight: expected (N, {codes.shape[-1]}), as codes' last axis, got {tuple(weight.shape)}",
+    )
+    check(
+        codes.dtype != torch.int8 or weight.shape[1] <= DEEPEST,
+        f"weight: expected at most {DEEPEST} int8 columns, whose sums fit 32 bits, got "
+        f"{weight.shape[1]}; split the sum",
+    )
+
+
+def _check_scales(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    columns: int,
+    channels: Tensor,
+    sums: Tensor | None,
+) -> None:
+    contiguous(scale=scale, channels=channels, sums=sums)
+    per_row = tuple(scale.shape) == (*codes.shape[:-1], 1)
+    check(
+        scale.dtype == torch.float32 and (scale.numel() == 1 or per_row),
+        "scale: expected float32, one element or one for each row (…, 1), got "
+        f"{scale.dtype} of shape {tuple(scale.shape)}; use a coarser quantizer",
+    )
+    check(
+        channels.dtype == torch.float32 and tuple(channels.shape) == (columns,),
+        f"channels: expected float32 ({columns},), got {channels.dtype} {tuple(channels.shape)}; "
+        "expand a scale of the tensor",
+    )
+    check(
+        (zero is None) == (sums is None),
+        "zero, sums: expected both or neither; sums is weight.sum(1, dtype=torch.int32)",
+    )
+    if zero is not None and sums is not None:
+        given = (codes.dtype, zero.dtype, zero.numel(), scale.numel(), sums.dtype, sums.numel())
+        check(
+            given == (torch.int8, torch.int8, 1, 1, torch.int32, columns),
+            "zero: expected one int8 element beside int8 codes with one scale, and int32 sums "
+            f"({columns},); got {zero.dtype} {tuple(zero.shape)} beside {codes.dtype} codes, "
+            f"{scale.numel()} scales, {sums.dtype} sums {tuple(sums.shape)}; requantize",
+        )
 
 
 TARGET = define("linear_scaled", reference, Native(empty, launch))
