@@ -18,16 +18,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from effuse.kernels.launch import Launch, Native, check, define
+from effuse.kernels.launch import Launch, Native, check, define, jit, tl
 from effuse.kernels.op import Op, Sample
-from effuse.kernels.rows import Results, empty_results, finish_reference, smoothed
+from effuse.kernels.rows import (
+    Results,
+    empty_results,
+    finish,
+    finish_reference,
+    launch_rows,
+    load_rows,
+    narrow,
+    smooth_block,
+    smoothed,
+)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
 }
-GATED = {  # the activation, and whether it takes the first half
+HALVES = {  # the activation, and whether it takes the first half
     "geglu": ("gelu", False),
     "geglu_tanh": ("gelu_tanh", False),
     "swiglu": ("silu", False),
@@ -51,9 +61,48 @@ def reference(
 def _activated(x: Tensor, kind: str) -> Tensor:
     if kind in ACTIVATIONS:
         return ACTIVATIONS[kind](x)
-    name, first = GATED[kind]
+    name, first = HALVES[kind]
     hidden, gate = x.chunk(2, -1)[:: -1 if first else 1]
     return hidden * ACTIVATIONS[name](gate)
+
+
+@jit
+def activate(v, ACTIVATION: tl.constexpr):
+    """gelu, gelu_tanh or silu of v (float32)."""
+    if ACTIVATION == "gelu":
+        return 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
+    if ACTIVATION == "gelu_tanh":  # (1 + tanh u) / 2 is sigmoid(2 u)
+        return v * tl.sigmoid(1.5957691216057308 * (v + 0.044715 * v * v * v))
+    return v * tl.sigmoid(v)
+
+
+@jit
+def gated_values(given, row, here, col, within):
+    """A block of the activated x · smooth, in x's type."""
+    x, smooth, stride, half, ACTIVATION, GATED, FIRST = given
+    a = load_rows(x, row, here, col, within, stride)
+    v = a.to(tl.float32)
+    if GATED:
+        b = load_rows(x + half, row, here, col, within, stride).to(tl.float32)
+        v = activate(v, ACTIVATION) * b if FIRST else v * activate(b, ACTIVATION)
+    else:
+        v = activate(v, ACTIVATION)
+    return smooth_block(narrow(v, a.dtype), smooth, col, within)
+
+
+@jit
+def gated_kernel(
+    x, smooth, half, down, codes, scale, low, rows, columns, rank, stride,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, FIRST: tl.constexpr,
+    LIMIT: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """One program: BM rows, and BR of the ranks."""
+    given = (x, smooth, stride, half, ACTIVATION, GATED, FIRST)
+    finish(
+        gated_values, given, down, codes, scale, low, rows, columns, rank,
+        LIMIT, GROUP, WHOLE, BM, BK, BR,
+    )  # fmt: skip
 
 
 def empty(
@@ -71,13 +120,21 @@ def launch(
     kind: str,
     quantizer: str,
 ) -> Launch | None:
-    """What fills `results`."""
-    raise NotImplementedError
+    """What fills `results`.
+
+    Raises:
+        BackendError: the rows of x are not at one distance, or an operand does not fit them.
+    """
+    name, first = HALVES.get(kind, (kind, False))
+    args = {"half": _columns(x, kind)}
+    constants = {"ACTIVATION": name, "GATED": kind in HALVES, "FIRST": first}
+    vectors = {"smooth": smooth}
+    return launch_rows(gated_kernel, results, x, down, quantizer, args, constants, vectors)
 
 
 def _columns(x: Tensor, kind: str) -> int:
     """How many values a row of `x` becomes."""
-    names = (*GATED, *ACTIVATIONS)
+    names = (*HALVES, *ACTIVATIONS)
     check(kind in names, f"kind: expected one of {', '.join(names)}, got {kind!r}")
     columns = x.shape[-1]
     if kind in ACTIVATIONS:

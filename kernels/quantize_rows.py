@@ -12,9 +12,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effuse.kernels.launch import Launch, Native, check, define
+from effuse.kernels.launch import Launch, Native, check, define, jit, tl
 from effuse.kernels.op import Op, Sample
-from effuse.kernels.rows import Results, empty_results, finish_reference, smoothed
+from effuse.kernels.rows import (
+    Results,
+    empty_results,
+    finish,
+    finish_reference,
+    launch_rows,
+    load_rows,
+    smooth_block,
+    smoothed,
+)
 
 
 def reference(
@@ -27,6 +36,26 @@ def reference(
     """
     _check(quantizer)
     return finish_reference(smoothed(x, smooth), down, quantizer)
+
+
+@jit
+def smooth_values(given, row, here, col, within):
+    """A block of x · smooth, in x's type."""
+    x, smooth, stride = given
+    return smooth_block(load_rows(x, row, here, col, within, stride), smooth, col, within)
+
+
+@jit
+def quantize_rows_kernel(
+    x, smooth, down, codes, scale, low, rows, columns, rank, stride,
+    LIMIT: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """One program: BM rows, and BR of the ranks."""
+    finish(
+        smooth_values, (x, smooth, stride), down, codes, scale, low, rows, columns, rank,
+        LIMIT, GROUP, WHOLE, BM, BK, BR,
+    )  # fmt: skip
 
 
 def empty(x: Tensor, smooth: Tensor | None, down: Tensor | None, quantizer: str) -> Results:
@@ -42,8 +71,14 @@ def launch(
     down: Tensor | None,
     quantizer: str,
 ) -> Launch | None:
-    """What fills `results`."""
-    raise NotImplementedError
+    """What fills `results`.
+
+    Raises:
+        BackendError: the rows of x are not at one distance, or an operand does not fit them.
+    """
+    _check(quantizer)
+    vectors = {"smooth": smooth}
+    return launch_rows(quantize_rows_kernel, results, x, down, quantizer, {}, {}, vectors)
 
 
 def _check(quantizer: str) -> None:
@@ -66,7 +101,7 @@ def samples(g: torch.Generator) -> list[Sample]:
         (x[0, :1], smooth, down, "int4/group16/dynamic"),
         (x[:, :0], smooth, down, "int8/token/dynamic"),
         (torch.zeros(2, 48), None, None, "int8/token/dynamic"),
-        (x[:, ::2], None, None, "e4m3/token/dynamic"),
+        (x.flatten(0, 1)[::2], None, None, "e4m3/token/dynamic"),
     ]
 
 

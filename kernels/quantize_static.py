@@ -12,7 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effuse.kernels.launch import Launch, Native
+from effuse.kernels.launch import Launch, Native, cdiv, check, jit, tl
+from effuse.kernels.rows import round_even
+
+BLOCK = 4096
 
 
 def empty(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
@@ -20,11 +23,57 @@ def empty(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
     return torch.empty_like(x, dtype=zero_point.dtype)
 
 
+@jit
+def quantize_kernel(
+    x, scale, zero, codes, elements, LOW: tl.constexpr, HIGH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program: BLOCK elements, in the order of memory."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    v = tl.load(x + at, mask=at < elements, other=0.0).to(tl.float32)
+    ratio = tl.div_rn(v, tl.load(scale).to(tl.float32))
+    steps = round_even(tl.clamp(ratio, -1024.0, 1024.0))  # saturates all the same
+    q = tl.clamp(steps + tl.load(zero).to(tl.float32), LOW, HIGH)
+    tl.store(codes + at, q.to(codes.dtype.element_ty), mask=at < elements)
+
+
 def launch(
     results: tuple[Tensor, ...], x: Tensor, scale: Tensor, zero_point: Tensor, axis: int
 ) -> Launch | None:
-    """What fills `results`."""
-    raise NotImplementedError
+    """What fills `results`.
+
+    Raises:
+        BackendError: scale or zero_point has several elements, codes are of other types, or memory
+            under x has gaps.
+    """
+    codes = results[0]
+    _check(codes, x, scale, zero_point)
+    if not x.numel():
+        return None
+    limits = torch.iinfo(codes.dtype)
+    return Launch(
+        quantize_kernel,
+        (cdiv(x.numel(), BLOCK),),
+        {"x": x, "scale": scale, "zero": zero_point, "codes": codes, "elements": x.numel()},
+        {"LOW": float(limits.min), "HIGH": float(limits.max), "BLOCK": BLOCK},
+    )
+
+
+def _check(codes: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+    for name, tensor in (("scale", scale), ("zero_point", zero_point)):
+        check(
+            tensor.numel() == 1,
+            f"{name}: expected one element for the whole tensor, got {tuple(tensor.shape)}; the "
+            f"reference takes one for each channel",
+        )
+    check(
+        codes.dtype in (torch.int8, torch.uint8),
+        f"zero_point: expected int8 or uint8, got {codes.dtype}",
+    )
+    check(
+        codes.stride() == x.stride(),  # torch keeps the strides of a tensor without gaps
+        f"x: expected memory without gaps, got shape {tuple(x.shape)} with strides {x.stride()}; "
+        f"call .contiguous() first",
+    )
 
 
 NATIVE = Native(empty, launch)

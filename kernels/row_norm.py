@@ -17,9 +17,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from effuse.kernels.launch import Launch, Native, check, define, rows_of
+from effuse.kernels.launch import Launch, Native, check, define, jit, rows_of, tl
 from effuse.kernels.op import Op, Sample
-from effuse.kernels.rows import Results, empty_results, finish_reference
+from effuse.kernels.rows import (
+    Results,
+    empty_results,
+    finish,
+    finish_reference,
+    launch_rows,
+    load_columns,
+    load_rows,
+    narrow,
+    row_stride,
+)
 
 KINDS = ("layer", "rms")
 
@@ -68,6 +78,67 @@ def _spread(blocks: Tensor, x: Tensor) -> Tensor:
     return blocks.float().repeat_interleave(each, 0).reshape(x.shape)
 
 
+@jit
+def statistics(
+    x, row, here, columns, stride, eps,
+    LAYER: tl.constexpr, WHOLE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Each row's mean (0 for RMS) and 1 / deviation; blocks are merged as Chan et al. do."""
+    mean = tl.zeros((BM,), tl.float32)
+    squares = tl.zeros((BM,), tl.float32)
+    for start in range(0, BK if WHOLE else columns, BK):
+        col = start + tl.arange(0, BK)
+        v = load_rows(x, row, here, col, col < columns, stride).to(tl.float32)
+        if LAYER:
+            count = tl.minimum(columns - start, BK).to(tl.float32)
+            total = tl.minimum(columns, start + BK).to(tl.float32)
+            middle = tl.sum(v, 1) / count
+            v = tl.where((col < columns)[None, :], v - middle[:, None], 0.0)
+            delta = middle - mean
+            mean += delta * (count / total)
+            squares += delta * delta * (count * (total - count) / total)
+        squares += tl.sum(v * v, 1)
+    return mean, tl.div_rn(1.0, tl.sqrt_rn(squares / columns + eps))
+
+
+@jit
+def norm_values(given, row, here, col, within):
+    """A block of the modulated norm, in x's type."""
+    x, stride, mean, deviation, weight, bias, factor, shift, offset, places = given
+    factor_stride, factor_rows, shift_stride, shift_rows = places
+    block = load_rows(x, row, here, col, within, stride)
+    v = (block.to(tl.float32) - mean[:, None]) * deviation[:, None]
+    if weight is not None:
+        v *= load_columns(weight, col, within)
+    if bias is not None:
+        v += load_columns(bias, col, within)
+    if factor is not None:
+        f = load_rows(factor, row // factor_rows, here, col, within, factor_stride)
+        v *= offset + f.to(tl.float32)
+    if shift is not None:
+        v += load_rows(shift, row // shift_rows, here, col, within, shift_stride).to(tl.float32)
+    return narrow(v, block.dtype)
+
+
+@jit
+def row_norm_kernel(
+    x, weight, bias, factor, shift, eps, offset,
+    factor_stride, factor_rows, shift_stride, shift_rows,
+    down, codes, scale, low, rows, columns, rank, stride,
+    LAYER: tl.constexpr, LIMIT: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """One program: BM rows, and BR of the ranks; `factor` is the op's scale."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    mean, deviation = statistics(x, row, row < rows, columns, stride, eps, LAYER, WHOLE, BM, BK)
+    places = (factor_stride, factor_rows, shift_stride, shift_rows)
+    given = (x, stride, mean, deviation, weight, bias, factor, shift, offset, places)
+    finish(
+        norm_values, given, down, codes, scale, low, rows, columns, rank,
+        LIMIT, GROUP, WHOLE, BM, BK, BR,
+    )  # fmt: skip
+
+
 def empty(
     x: Tensor,
     weight: Tensor | None,
@@ -98,8 +169,25 @@ def launch(
     offset: float,
     quantizer: str,
 ) -> Launch | None:
-    """What fills `results`."""
-    raise NotImplementedError
+    """What fills `results`.
+
+    Raises:
+        BackendError: the rows of x, scale or shift are not at one distance, or an operand does not
+            fit them.
+    """
+    _check(x, scale, shift, kind)
+    args = {"factor": scale, "shift": shift, "eps": eps, "offset": offset}
+    args |= _blocks("factor", scale, x) | _blocks("shift", shift, x)
+    constants, vectors = {"LAYER": kind == "layer"}, {"weight": weight, "bias": bias}
+    return launch_rows(row_norm_kernel, results, x, down, quantizer, args, constants, vectors)
+
+
+def _blocks(name: str, blocks: Tensor | None, x: Tensor) -> dict[str, int]:
+    """How far apart the rows of `blocks` are, and how many rows of x each is for."""
+    if blocks is None:
+        return {f"{name}_stride": 0, f"{name}_rows": 1}
+    each = rows_of(x) // blocks.shape[0]
+    return {f"{name}_stride": row_stride(name, blocks), f"{name}_rows": each}
 
 
 def _check(x: Tensor, scale: Tensor | None, shift: Tensor | None, kind: str) -> None:
