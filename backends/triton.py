@@ -1,4 +1,4 @@
-"""The Triton back end: fused low-bit kernels, compiled ahead of time for a GPU that need not be there.
+"""The Triton back end: fused low-bit kernels, built for a GPU that need not be there.
 
 `build` lowers the program to fused ops (triton_lower.py), compiles their kernels (triton_build.py)
 and writes graphs, weights, cubins and the launch table. `load_session` runs them on the GPU; on a
@@ -23,6 +23,7 @@ from effuse.backends.triton_build import TABLE_FILE, build_kernels
 from effuse.backends.triton_cuda import Cubins, fits, present
 from effuse.backends.triton_figures import figures
 from effuse.backends.triton_lower import lower
+from effuse.backends.triton_plan import tensors
 from effuse.backends.triton_run import PartRun
 from effuse.errors import ArtifactError, BackendError, require
 from effuse.kernels.launch import INTERPRETED, Launch, run_jit
@@ -116,11 +117,7 @@ def check_formats(program: Program, target: str) -> None:
     if GPUS[target].e4m3:
         return
     nodes = (node for part in program.parts for node in part.graph.nodes)
-    values = (node.meta.get("val") for node in nodes if node.op == "call_function")
-    tensors = (
-        leaf for value in values for leaf in (value if isinstance(value, tuple) else (value,))
-    )
-    if any(getattr(each, "dtype", None) == torch.float8_e4m3fn for each in tensors):
+    if any(each.dtype == torch.float8_e4m3fn for node in nodes for each in tensors(node)):
         raise BackendError(
             f"triton: {target} ({GPUS[target].chips}) has no 8-bit float products; the nearest GPU "
             "that has them is sm_89; or quantize to int8, as Quantize('w8a8') and "

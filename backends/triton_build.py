@@ -78,7 +78,7 @@ def build_kernels(program: Program, gpu: Gpu, folder: Path, progress: Progress) 
     for part in program.parts:
         parts[part.name], found = calls_of(part.graph, gpu.name)
         kernels |= found
-    told = compile_all(kernels, gpu, folder, progress)
+    told = compile_all({key: (kernels[key], gpu) for key in kernels}, folder, progress)
     table = {
         "target": gpu.name,
         "kernels": {key: {"name": kernels[key].name, **told[key]} for key in sorted(kernels)},
@@ -93,9 +93,9 @@ def build_kernels(program: Program, gpu: Gpu, folder: Path, progress: Progress) 
 
 
 def compile_all(
-    kernels: Mapping[str, Kernel], gpu: Gpu, folder: Path, progress: Progress
+    kernels: Mapping[str, tuple[Kernel, Gpu]], folder: Path, progress: Progress
 ) -> dict[str, dict[str, Any]]:
-    """Compile kernels by key into `folder`, on all cores; what became of each.
+    """Compile kernels by key, each for its GPU, into `folder`, on all cores; what became of each.
 
     Raises:
         BackendError: one does not compile, or needs more than the GPU has.
@@ -109,16 +109,21 @@ def compile_all(
         found = json.loads(line)
         with lock:
             told[found.pop("key")] = found
-            progress(f"compile kernels for {gpu.name}", len(told), len(keys))
+            progress("compile kernels", len(told), len(keys))
 
-    shares = [{key: kernels[key].data() for key in keys[start::count]} for start in range(count)]
-    jobs = [{"capability": gpu.capability, "folder": str(folder), "kernels": share}
+    shares = [keys[start::count] for start in range(count)]
+    jobs = [{"folder": str(folder), "kernels": {key: request(*kernels[key]) for key in share}}
             for share in shares if share]  # fmt: skip
     with ThreadPoolExecutor(count) as pool:
         list(pool.map(lambda job: run_worker(job, take), jobs))
     for key in keys:
-        check_kernel(kernels[key], told[key], gpu)
+        check_kernel(*kernels[key], told[key])
     return told
+
+
+def request(kernel: Kernel, gpu: Gpu) -> dict[str, Any]:
+    """What a worker is told of one kernel."""
+    return {"kernel": kernel.data(), "capability": gpu.capability}
 
 
 def run_worker(job: Mapping[str, Any], take: Callable[[str], None]) -> None:
@@ -149,7 +154,7 @@ def run_worker(job: Mapping[str, Any], take: Callable[[str], None]) -> None:
         raise BackendError(f"triton: the compiler aborted at {kernel}: {last}")
 
 
-def check_kernel(kernel: Kernel, told: Mapping[str, Any], gpu: Gpu) -> None:
+def check_kernel(kernel: Kernel, gpu: Gpu, told: Mapping[str, Any]) -> None:
     """See that a kernel was compiled, and that it runs well on the GPU.
 
     Raises:

@@ -1,8 +1,8 @@
 """Cubins through CUDA's driver: loaded once, launched on the caller's stream. Needs no Triton.
 
 What a launch hands over is laid out by the kernel's signature (triton_kernels.py); the build has
-compared it with the parameters that the compiler declared. Source: CUDA Driver API, cuModuleLoadData
-and cuLaunchKernel.
+compared it with the parameters that the compiler declared. Source: CUDA Driver API,
+cuModuleLoadData and cuLaunchKernel.
 """
 
 from __future__ import annotations

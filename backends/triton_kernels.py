@@ -106,7 +106,7 @@ def type_of(name: str, value: Any) -> str:
 
 
 def is_aligned(value: Any) -> bool:
-    """Whether an address or a size is a multiple of 16; recorded values begin their storage at one."""
+    """Whether an address or a size is a multiple of 16; every storage begins at such an address."""
     if isinstance(value, FakeTensor):
         return int(value.storage_offset()) * value.element_size() % ALIGNMENT == 0
     if isinstance(value, torch.Tensor):
@@ -124,8 +124,5 @@ def sources() -> str:
 
 def kernel_from_json(data: Mapping[str, Any]) -> Kernel:
     """The inverse of `Kernel.data`, through JSON."""
-    pairs = {
-        name: tuple((key, value) for key, value in data[name])
-        for name in ("signature", "constants")
-    }
+    pairs = {word: tuple(map(tuple, data[word])) for word in ("signature", "constants")}
     return Kernel(**{**data, **pairs, "aligned": tuple(data["aligned"])})

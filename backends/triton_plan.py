@@ -39,7 +39,7 @@ class Arena:
 
 
 def place(spans: Sequence[Span]) -> tuple[list[int], int]:
-    """An offset for each span, such that those alive at one time do not overlap; the bytes in all."""
+    """An offset for each span, with those alive at one time apart; the bytes in all."""
     offsets = [0] * len(spans)
     placed: list[int] = []
     for index in sorted(range(len(spans)), key=lambda each: (-spans[each].bytes, each)):

@@ -1,8 +1,9 @@
-"""Compiles kernels for a named GPU in a process of its own: `python -m effuse.backends.triton_worker`.
+"""Compiles kernels for a named GPU, in a process of its own: `python -m` this module.
 
-One JSON document on standard input: the GPU's compute capability, a folder, and kernels by key. One
-line of JSON on standard output for each: what became of it. The GPU need not be there. A process of
-its own, because the compiler may abort, and because it must not be in interpreter mode.
+One JSON document on standard input: a folder, and by key kernels, each with its GPU's compute
+capability. One line of JSON on standard output for each: what became of it. The GPU need not be
+there. A process of its own, because the compiler may abort, and because it must not be in
+interpreter mode.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ USAGE = re.compile(r"(REG|STACK):(\d+)")
 def main() -> int:
     """Compile what standard input asks for."""
     job = json.load(sys.stdin)
-    for key, data in job["kernels"].items():
+    for key, asked in job["kernels"].items():
+        kernel = kernel_from_json(asked["kernel"])
         try:
-            told = build(kernel_from_json(data), job["capability"], Path(job["folder"]), key)
+            told = build(kernel, asked["capability"], Path(job["folder"]), key)
         except Exception as error:
             told = {"error": f"{type(error).__name__}: {last_line(error)}"}
         print(json.dumps({"key": key, **told}), flush=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -129,11 +130,25 @@ def as_tuple(results: Any) -> tuple[Tensor, ...]:
     return (results,) if isinstance(results, Tensor) else tuple(results)
 
 
+def run_traced(launch: Launch) -> None:
+    """Launch the kernel, or let a compiler that traces see it: Inductor fuses around it."""
+    kernel = torch.library.wrap_triton(launch.kernel)
+    kernel[launch.grid](
+        **launch.args, **launch.constants, num_warps=launch.warps, num_stages=launch.stages
+    )
+
+
 def define(name: str, reference: Callable[..., Any], native: Native) -> Any:
-    """Register `effuse::name`: its reference on CPUs, its kernel on CUDA devices; the overload."""
-    op = torch.library.custom_op(f"effuse::{name}", reference, mutates_args=(), device_types="cpu")
+    """Register `effuse::name`: its kernel on CUDA devices, else its reference; the overload."""
+
+    @wraps(reference)
+    def compute(*args: Any) -> Any:
+        if any(isinstance(each, Tensor) and each.device.type == "cuda" for each in args):
+            return run_native(native, *args, run=run_traced)
+        return reference(*args)
+
+    op = torch.library.triton_op(f"effuse::{name}", compute, mutates_args=())
     op.register_fake(native.empty)
-    op.register_kernel("cuda")(lambda *args: run_native(native, *args))
     return op._opoverload
 
 

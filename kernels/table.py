@@ -9,12 +9,20 @@ import torch
 
 from effuse.kernels import (
     attention,
+    conv_scaled,
     dynamic,
+    gated,
+    group_norm_act,
     integer,
+    linear_packed,
+    linear_scaled,
     log2_attention,
     low_bit,
     low_rank,
     quantize,
+    quantize_rows,
+    quantize_static,
+    row_norm,
 )
 from effuse.kernels.op import Op, Sample
 from effuse.kernels.quantizers import find_scale, parse_quantizer
@@ -179,14 +187,15 @@ def _conv_integer_samples(g: torch.Generator) -> list[Sample]:
     ]  # fmt: skip
 
 
-TABLE = (
+GRAPH_OPS = (  # what passes write
     Op(
         "quantize",
         torch.ops.effuse.quantize.default,
         quantize.quantize_reference,
         _quantize_samples,
-        {"reference": "simulated", "onnx": "native"},
+        {"reference": "simulated", "onnx": "native", "triton": "native"},
         "QuantizeLinear; with its DequantizeLinear fused into QLinearConv and MatMulIntegerToFloat",
+        quantize_static.NATIVE,
     ),
     Op(
         "dequantize",
@@ -294,4 +303,16 @@ TABLE = (
     ),
 )
 
+FUSED_OPS = (  # what the Triton back end lowers to
+    quantize_rows.ROW,
+    row_norm.ROW,
+    gated.ROW,
+    linear_scaled.ROW,
+    linear_packed.ROW,
+    conv_scaled.ROW,
+    group_norm_act.STATS_ROW,
+    group_norm_act.ROW,
+)
+
+TABLE = (*GRAPH_OPS, *FUSED_OPS)
 BY_TARGET = {op.target: op for op in TABLE}

@@ -105,7 +105,7 @@ MISTAKES = [
         {"calibration_steps": "normale"},
         "calibration_steps: 'normale' is unknown; did you mean 'normal'?",
     ),
-    ({"target": "sm_90"}, "target: 'sm_90' is not in this version (known: cpu, cpu-avx2"),
+    ({"target": "sm_91"}, "target: 'sm_91': not in this version; the nearest is sm_90 (known: "),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Every row of the op table: reference, fake, opcheck, integers by hand, ONNX translation."""
+"""Every op that passes write: reference, fake, opcheck, integers by hand, ONNX translation."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from effuse.backends.onnx_ops import TRANSLATIONS
 from effuse.kernels.dynamic import dynamic_range
 from effuse.kernels.quantize import along
-from effuse.kernels.table import BY_TARGET, TABLE
+from effuse.kernels.table import BY_TARGET, GRAPH_OPS
 
 logging.getLogger("torch.__trace").disabled = True  # pytest's log capture would pay for it
 
-ROWS = pytest.mark.parametrize("op", TABLE, ids=lambda op: op.name)
+ROWS = pytest.mark.parametrize("op", GRAPH_OPS, ids=lambda op: op.name)
 WITHIN = ("unpack", "fake_quantize")  # they become parts of linear_nbits
-IN_ONNX = [op for op in TABLE if op.target in TRANSLATIONS]
+IN_ONNX = [op for op in GRAPH_OPS if op.target in TRANSLATIONS]
 few = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -348,7 +348,7 @@ def quantize_arguments(draw):
 @given(quantize_arguments())
 def test_quantize_and_dequantize_of_any_shape(arguments):
     x, scale, zero, axis = arguments
-    quantize, dequantize = TABLE[0], TABLE[1]
+    quantize, dequantize = GRAPH_OPS[0], GRAPH_OPS[1]
     q = quantize.target(*arguments)
     assert torch.equal(q, quantize.reference(*arguments))
     agrees(q, quantize, arguments)
@@ -378,7 +378,7 @@ def linear_arguments(draw):
 @few
 @given(linear_arguments())
 def test_linear_of_any_shape(arguments):
-    op = next(op for op in TABLE if op.name == "linear_dynamic")
+    op = next(op for op in GRAPH_OPS if op.name == "linear_dynamic")
     found = op.target(*arguments)
     assert torch.equal(found, op.reference(*arguments))
     agrees(found, op, arguments)
@@ -408,7 +408,7 @@ def conv_arguments(draw):
 @few
 @given(conv_arguments())
 def test_convolution_of_any_shape(arguments):
-    op = next(op for op in TABLE if op.name == "conv2d_dynamic")
+    op = next(op for op in GRAPH_OPS if op.name == "conv2d_dynamic")
     found = op.target(*arguments)
     assert torch.equal(found, op.reference(*arguments))
     agrees(found, op, arguments)
@@ -417,7 +417,7 @@ def test_convolution_of_any_shape(arguments):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_activations_of_other_types_give_their_own_type(dtype):
-    for op in TABLE:
+    for op in GRAPH_OPS:
         if not op.name.endswith("_dynamic"):
             continue
         x, *rest = samples(op)[0]
@@ -429,7 +429,7 @@ def test_activations_of_other_types_give_their_own_type(dtype):
 
 
 def test_a_convolution_without_a_batch():
-    op = next(op for op in TABLE if op.name == "conv2d_dynamic")
+    op = next(op for op in GRAPH_OPS if op.name == "conv2d_dynamic")
     for x, *rest in samples(op):
         found = op.target(x[0], *rest)
         assert torch.equal(found, op.target(x[:1], *rest)[0])

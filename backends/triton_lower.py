@@ -1,0 +1,124 @@
+"""Lowers a program to fused ops: low-bit layers with what is around them, each as one kernel.
+
+Rules are data, in stages; a stage's rules are tried on every call in the order of the graph. All
+are exact up to rounding: codes are those of the given program wherever its values are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from effuse.backends import triton_convs as convs
+from effuse.backends import triton_fuse as fuse
+from effuse.backends import triton_linears as linears
+from effuse.backends import triton_producers as producers
+from effuse.backends.triton_layout import laid_out
+from effuse.backends.triton_match import Editor, Rule, aten, ops
+from effuse.graph import calls, clone, eliminate
+from effuse.log import Log
+from effuse.plan import factor_axes
+from effuse.program import Program, prune_weights
+from effuse.verify import verify
+from effuse.weights import copied
+
+Stage = tuple[Rule, ...]
+
+ACTIVATIONS = (aten.gelu.default, aten.silu.default)
+STAGES: tuple[Stage, ...] = (
+    (Rule("signed", (ops.quantize.default,), linears.signed),),
+    (
+        Rule("linear", (aten.linear.default,), linears.linear),
+        Rule("conv", (aten.conv2d.default,), convs.conv),
+    ),
+    # beside codes; D goes before smoothing, whose product it reads
+    (Rule("down", (ops.project.default,), producers.down),),
+    (Rule("smooth", (ops.quantize_rows.default,), producers.smooth),),
+    # a layer's epilogue, from the inside out
+    (
+        Rule("branch", (aten.add.Tensor,), fuse.branch),
+        Rule("shortcut", (aten.add.Tensor,), convs.shortcut),
+        Rule("activation", ACTIVATIONS, fuse.activated),
+        Rule("gate", (aten.mul.Tensor,), fuse.gated_rows),
+        Rule("residual", (aten.add.Tensor,), fuse.added),
+        Rule("cast", (aten.to.dtype,), fuse.casted),
+    ),
+    (Rule("planes", fuse.LINEARS, fuse.planes),),
+    # producers in float, which pay in every program
+    (
+        Rule("rms", (aten.mul.Tensor,), producers.rms),
+        Rule("scale", (aten.mul.Tensor,), producers.scaled),
+        Rule("shift", (aten.add.Tensor,), producers.moved),
+        Rule("norm_cast", (aten.to.dtype,), producers.narrowed),
+        Rule("gated", (aten.mul.Tensor,), producers.halves),
+        Rule("group_norm", (aten.silu.default,), convs.group_norm),
+    ),
+    # and their codes
+    (
+        Rule("down", (ops.project.default,), producers.down),
+        Rule("producer", (ops.quantize_rows.default,), producers.quantized),
+        Rule("requantize", (ops.quantize.default,), convs.recoded),
+        Rule("producer", (ops.quantize.default,), convs.coded_norm),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A lowered program, and by part what every rule did and why it left sites alone."""
+
+    program: Program
+    logs: Mapping[str, Log]
+
+
+def lower(program: Program) -> Lowered:
+    """The program with every part rewritten to fused ops; weights that only they read are repacked.
+
+    Raises:
+        VerifyError: a defect of a rule.
+    """
+    weights, swappable = copied(program.weights), frozenset(factor_axes(program.adapters))
+    known: dict[tuple[str, ...], str] = {}
+    parts, logs = [], {}
+    for part in program.parts:
+        edit = Editor(clone(part.graph)[0], weights, swappable, known=known)
+        logs[part.name] = edit.log
+        parts.append(replace(part, graph=lowered(edit)))
+    result = prune_weights(replace(program, parts=tuple(parts), weights=weights))
+    verify(result, ("lower",))
+    return Lowered(result, logs)
+
+
+def lowered(edit: Editor) -> fx.Graph:
+    """The editor's graph by all stages, its operands laid out as kernels read them."""
+    for stage in STAGES:
+        apply(edit, stage)
+    eliminate(edit.graph)
+    graph, copies = laid_out(edit.graph)
+    if copies:
+        edit.log.rewrites["copy"] += copies
+    return graph
+
+
+def apply(edit: Editor, stage: Stage) -> None:
+    """Try a stage's rules on every call, in order, until one of them applies."""
+    for node in calls(edit.graph):
+        for rule in stage:
+            if node.target in rule.targets and not node._erased and rewrite(edit, rule, node):
+                break
+
+
+def rewrite(edit: Editor, rule: Rule, node: fx.Node) -> bool:
+    """Apply a rule to one call, if it can be; what it says is counted."""
+    with edit.graph.inserting_before(node):
+        found = rule.rewrite(edit, node)
+    if isinstance(found, fx.Node):
+        edit.log.rewrites[rule.name] += 1
+        if not node._erased:
+            edit.replace(node, found)
+        return True
+    if found:
+        edit.log.reject(rule.name, found)
+    return False

@@ -1,0 +1,301 @@
+"""What comes before a layer, in one kernel: norm and modulation, gated activations, quantization.
+
+    row_norm        norm(x) · (1 + scale) + shift
+    gated           hidden · act(gate), or act(x)
+    … and, where only low-bit layers read the result, its codes, scales and D x beside them
+
+Each rule is exact, up to roundings in between that the fused op leaves out.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import fx
+
+from effuse.backends.triton_fuse import activation_kind
+from effuse.backends.triton_match import (
+    Editor,
+    Found,
+    arguments,
+    as_rows,
+    aten,
+    floats,
+    in_blocks,
+    is_call,
+    is_stored,
+    operands,
+    ops,
+    shape_of,
+    sole,
+    uncast,
+)
+from effuse.graph import emit, value_of
+from effuse.kernels import gated as gated  # registers the ops
+from effuse.kernels import quantize_rows as quantize_rows
+from effuse.kernels import row_norm as row_norm
+
+ROW_NORM, GATED, ROWS = ops.row_norm.default, ops.gated.default, ops.quantize_rows.default
+NORMS = {aten.layer_norm.default: "layer", aten.rms_norm.default: "rms"}
+KINDS = {  # by the activation, and the half that it is of
+    ("gelu", 1): "geglu",
+    ("gelu_tanh", 1): "geglu_tanh",
+    ("silu", 1): "swiglu",
+    ("silu", 0): "swiglu_first",
+}
+
+
+def norm_of(node: Any) -> dict[str, Any] | None:
+    """The arguments of row_norm for a norm over the last axis; None of other values."""
+    if is_call(node, *NORMS):
+        return _aten_norm(node)
+    if not is_call(node, operator.getitem) or not is_call(node.args[0], ROW_NORM):
+        return None
+    found = arguments(node.args[0])
+    plain = not found["quantizer"] and found["down"] is None and found["shift"] is None
+    return found if plain and node.args[1] == 0 else None
+
+
+def _aten_norm(node: fx.Node) -> dict[str, Any] | None:
+    found = arguments(node)
+    if len(found["normalized_shape"]) != 1 or found["eps"] is None or not floats(node):
+        return None
+    return {"x": found["input"], "weight": found["weight"], "bias": found.get("bias"),
+            "scale": None, "shift": None, "down": None, "eps": found["eps"],
+            "kind": NORMS[node.target], "offset": 1.0, "quantizer": ""}  # fmt: skip
+
+
+def values(edit: Editor, target: Any, node: fx.Node, **named: Any) -> fx.Node:
+    """The values of an op over rows that does not quantize."""
+    made = edit.call(target, node, **{"quantizer": "", **named})
+    found: fx.Node = emit(edit.graph, operator.getitem, made, 0, like=node)
+    return found
+
+
+def rms(edit: Editor, node: fx.Node) -> Found:
+    """x · rsqrt(mean(x²) + ε) · w -> row_norm, before views that leave its rows whole."""
+    for one, weight in operands(node):
+        if not is_stored(weight) or len(shape_of(weight)) != 1:
+            continue
+        found = _rsqrt_norm(uncast(one))
+        if found is None:
+            continue
+        x, eps = found
+        if value_of(x).dtype != value_of(node).dtype or not floats(x):
+            return "a norm between types"
+        views, inner = _beneath(x)
+        new = values(edit, ROW_NORM, node, x=inner, weight=weight, eps=eps, kind="rms", offset=1.0)
+        for view in reversed(views):
+            new = emit(edit.graph, view.target, new, *view.args[1:], like=view)
+        return new
+    return None
+
+
+def _rsqrt_norm(node: Any) -> tuple[fx.Node, float] | None:
+    """x and ε of x · rsqrt(mean(x²) + ε) over the last axis, or None."""
+    if not is_call(node, aten.mul.Tensor) or not sole(node):
+        return None
+    for x, root in operands(node):
+        inner = root
+        for target in (aten.rsqrt.default, aten.add.Tensor, aten.mean.dim, aten.pow.Tensor_Scalar):
+            if not is_call(inner, target):
+                break
+            *_, inner = inner, inner.args[0]
+        else:
+            mean, total = root.args[0].args[0], root.args[0]  # type: ignore[union-attr]
+            if _over_last(mean) and mean.args[0].args[1] == 2 and uncast(inner) is uncast(x):  # type: ignore[union-attr]
+                eps: Any = total.args[1]  # type: ignore[union-attr]
+                return (uncast(x), eps) if isinstance(eps, float) else None
+    return None
+
+
+def _over_last(mean: Any) -> bool:
+    found = arguments(mean)
+    last = value_of(mean).dim() - 1
+    return bool(found["keepdim"]) and [each % (last + 1) for each in found["dim"]] == [last]
+
+
+def _beneath(node: fx.Node) -> tuple[list[fx.Node], fx.Node]:
+    """Transposes of `node` that leave the last axis, from the outside in; what is under them."""
+    views: list[fx.Node] = []
+    while is_call(node, aten.transpose.int, aten.permute.default):
+        last = value_of(node).dim() - 1
+        moved: Any = node.args[1:] if node.target is aten.transpose.int else node.args[1]
+        places = [axis % (last + 1) for axis in moved]
+        kept = last not in places if node.target is aten.transpose.int else places[-1] == last
+        if not kept:
+            break
+        views.append(node)
+        node = node.args[0]  # type: ignore[assignment]
+    return views, node
+
+
+def scaled(edit: Editor, node: fx.Node) -> Found:
+    """norm(x) · m or norm(x) · (1 + s), the same for blocks of rows -> row_norm(scale)."""
+    for one, factor in operands(node):
+        found = norm_of(one)
+        if found is None or found["scale"] is not None or not in_blocks(factor, one):
+            continue
+        if not sole(one):
+            return "others read the norm"
+        if value_of(node).dtype != value_of(found["x"]).dtype:
+            return "a modulation in another type"
+        scale, offset = _one_more(factor)
+        named = {**found, "scale": as_rows(edit, scale), "offset": offset}
+        return values(edit, ROW_NORM, node, **named)
+    return None
+
+
+def _one_more(factor: fx.Node) -> tuple[fx.Node, float]:
+    """s and 1 of s + 1, or the factor itself and 0."""
+    if is_call(factor, aten.add.Tensor, aten.add.Scalar) and not factor.kwargs:
+        one: Any = factor.args[1]
+        scale: Any = factor.args[0]
+        if not isinstance(one, fx.Node) and one == 1 and floats(scale):
+            return scale, 1.0
+    return factor, 0.0
+
+
+def moved(edit: Editor, node: fx.Node) -> Found:
+    """norm(x) · m + shift, the same for blocks of rows -> row_norm(scale, shift)."""
+    for one, shift in operands(node):
+        found = norm_of(one)
+        if found is None or found["scale"] is None or not in_blocks(shift, one):
+            continue
+        if not sole(one):
+            return "others read the norm"
+        if value_of(node).dtype == value_of(one).dtype:
+            return values(edit, ROW_NORM, node, **{**found, "shift": as_rows(edit, shift)})
+    return None
+
+
+def halves(edit: Editor, node: fx.Node) -> Found:
+    """hidden · act(gate), of the halves of one value -> gated."""
+    for hidden, act in operands(node):
+        kind = activation_kind(act)
+        if kind is None or not sole(act):
+            continue
+        one, other = half_of(hidden), half_of(act.args[0])
+        if one is None or other is None or one[0] is not other[0] or one[1] == other[1]:
+            continue
+        known = KINDS.get((kind, other[1]))
+        if known is None:
+            return f"{kind} of the first half"
+        return values(edit, GATED, node, x=one[0], kind=known)
+    return None
+
+
+def half_of(node: Any) -> tuple[fx.Node, int] | None:
+    """A value and which half of its last axis `node` is, or None."""
+    if is_call(node, operator.getitem):
+        cut, index = node.args
+        if not is_call(cut, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default):
+            return None
+        source, axis = cut.args[0], arguments(cut)["dim"]
+        at = (source, index) if len(value_of(cut)) == 2 else None
+    elif is_call(node, aten.slice.Tensor):
+        given = arguments(node)
+        source, axis, start = node.args[0], given["dim"], given["start"] or 0
+        at = (source, 1 if start else 0) if given["step"] == 1 else None
+        if start not in (0, value_of(node).shape[-1]):
+            return None
+    else:
+        return None
+    whole, half = value_of(source).shape, value_of(node).shape  # type: ignore[arg-type]
+    last = axis % len(whole) == len(whole) - 1  # type: ignore[operator]
+    return at if last and str(whole[-1]) == str(2 * half[-1]) else None  # type: ignore[return-value]
+
+
+def down(edit: Editor, node: fx.Node) -> Found:
+    """project(x, D) beside the codes of x, or the x of a fused op -> D in that op: x is read once."""
+    x, matrix = node.args
+    if not is_stored(matrix) or matrix.target in edit.swappable:  # type: ignore[union-attr]
+        return None
+    host = _beside(x)  # type: ignore[arg-type]
+    if host is None:
+        return None
+    if arguments(host)["down"] is not None:
+        return "the codes have another branch already"
+    first = min(host, node)
+    with edit.graph.inserting_before(first):
+        new = edit.changed(host, down=edit.again(matrix))  # type: ignore[arg-type]
+    edit.replace(host, new)
+    return edit.item(new, 2)
+
+
+def _beside(x: fx.Node) -> fx.Node | None:
+    """The op that makes codes of `x`, or else that gives `x` and could project it; or None."""
+    for user in x.users:
+        if user.target is ROWS and user.args[0] is x and user.args[1] is None:
+            return user
+    if not is_call(x, operator.getitem) or x.args[1] != 0:
+        return None
+    source: Any = x.args[0]
+    plain = is_call(source, ROW_NORM, GATED) and not arguments(source)["quantizer"]
+    return source if plain else None
+
+
+def smooth(edit: Editor, node: fx.Node) -> Found:
+    """Codes of x · s, s for each column -> quantize_rows(x, s)."""
+    x: Any = node.args[0]
+    if not is_call(x, aten.mul.Tensor) or node.args[1] is not None:
+        return None
+    for one, factor in operands(x):
+        if is_stored(factor) and shape_of(factor) == shape_of(one)[-1:] and floats(one, factor):
+            if not sole(x):
+                return "the product is needed in float too"
+            if value_of(one).dtype == value_of(x).dtype:
+                return edit.changed(node, x=one, smooth=factor)
+    return None
+
+
+def quantized(edit: Editor, node: fx.Node) -> Found:
+    """Codes of what a norm, a gate or an activation gives -> that op's own codes."""
+    x: Any = node.args[0]
+    found = arguments(node)
+    for target, read in ((ROW_NORM, _norm_before), (GATED, _gate_before)):
+        given = read(x)
+        if given is None:
+            continue
+        if not sole(x):
+            return "its input is needed in float too"
+        if given["down"] is not None and found["down"] is not None:
+            return "its input has another branch already"
+        joined = {name: found[name] if given.get(name) is None else given[name]
+                  for name in ("down", "smooth")}  # fmt: skip
+        if target is ROW_NORM and joined.pop("smooth") is not None:
+            return "a factor between a norm and its codes"
+        return edit.call(target, node, **{**given, **joined, "quantizer": found["quantizer"]})
+    return None
+
+
+def _norm_before(x: Any) -> dict[str, Any] | None:
+    return _aten_norm(x) if is_call(x, *NORMS) else _plain(x, ROW_NORM)
+
+
+def _gate_before(x: Any) -> dict[str, Any] | None:
+    kind = activation_kind(x)
+    if kind is not None:
+        return {"x": x.args[0], "smooth": None, "down": None, "kind": kind}
+    return _plain(x, GATED)
+
+
+def _plain(x: Any, target: Any) -> dict[str, Any] | None:
+    """The arguments of an op that gives `x` in float."""
+    if not is_call(x, operator.getitem) or x.args[1] != 0 or not is_call(x.args[0], target):
+        return None
+    found = arguments(x.args[0])
+    return None if found["quantizer"] else found
+
+
+def narrowed(edit: Editor, node: fx.Node) -> Found:
+    """A norm of x cast to float32, and cast back -> row_norm of x, which computes in float32."""
+    one: Any = node.args[0]
+    found = _norm_before(one)
+    if found is None or not sole(one) or found["down"] is not None:
+        return None
+    source: Any = found["x"].args[0] if is_call(found["x"], aten.to.dtype) else None
+    if source is None or not floats(source) or value_of(source).dtype != value_of(node).dtype:
+        return None
+    return values(edit, ROW_NORM, node, **{**found, "x": source})
