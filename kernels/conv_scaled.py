@@ -14,26 +14,32 @@ after the other in the registers of one program.
 from __future__ import annotations
 
 from inspect import signature
-from math import gcd, prod
-from typing import Any, NamedTuple
+from math import gcd
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from effuse.cost import FORMULAS, conv_flops
-from effuse.errors import nearest
-from effuse.kernels.epilogue import ACTIVATIONS
-from effuse.kernels.launch import Launch, Native, cdiv, check, define, dot, jit, tl
+from effuse.kernels.conv_checks import check_conv
+from effuse.kernels.epilogue import ACTIVATIONS, activate
+from effuse.kernels.images import quantize_one, to_int8, to_type, type_name
+from effuse.kernels.launch import Launch, Native, cdiv, define, dot, jit, tl
 from effuse.kernels.op import Op, Sample
-from effuse.kernels.quantize import along, quantize_reference
+from effuse.kernels.quantize import along
+from effuse.kernels.tiles import BAND, FILL, Tile, place, programs
 
-LONGEST = 1 << 16  # products in a sum: 2^16 · 255 · 128 < 2^31
-LARGEST = 7  # side of a window
-GROUP = 8  # blocks of rows that share weights in the cache
-STAGES = 3
 OPTIONS = ("activation", "stride", "padding", "dtype")  # arguments that are no tensors
 NOTHING = (None,) * 6  # in the place of a second operand
+TILES = (  # from the largest
+    Tile(128, 128, 128, 8, 3),
+    Tile(128, 64, 128, 8, 3),
+    Tile(64, 64, 128, 4, 4),
+    Tile(64, 32, 128, 4, 4),
+    Tile(64, 16, 128, 4, 4),
+)
+WASTE = 9 / 8  # columns computed over the fewest that tiles take
 
 
 def reference(
@@ -83,48 +89,8 @@ def _scaled(
     return sums.float() * along(scale.reshape(()) * channels, 4, 1)
 
 
-def quantize_one(values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-    """int8 codes of `values` under one scale; no zero point is 0."""
-    zero = torch.zeros(1, dtype=torch.int8, device=values.device) if zero is None else zero
-    return quantize_reference(values, scale.reshape(()), zero.reshape(()), 0)
-
-
 @jit
-def activate(value, KIND: tl.constexpr):
-    """The activation of float32 values, by its name."""
-    if KIND == "silu":
-        value = value / (1.0 + tl.exp(-value))
-    elif KIND == "gelu":
-        value = 0.5 * value * (1.0 + tl.erf(value * 0.7071067811865476))
-    elif KIND == "gelu_tanh":  # (1 + tanh u) / 2 is the sigmoid of 2u
-        cubic = 1.5957691216057308 * (value + 0.044715 * value * value * value)
-        value = value / (1.0 + tl.exp(-cubic))
-    return value
-
-
-@jit
-def rounded(value, DTYPE: tl.constexpr):
-    """float32 values after a stay in the type of that name."""
-    if DTYPE == "float16":
-        value = value.to(tl.float16).to(tl.float32)
-    elif DTYPE == "bfloat16":
-        value = value.to(tl.bfloat16).to(tl.float32)
-    return value
-
-
-@jit
-def to_int8(value, scale, zero):
-    """clamp(round(value / scale) + zero, -128, 127), ties to even, of float32 values."""
-    steps = tl.div_rn(value, tl.load(scale) + tl.zeros_like(value))
-    steps = tl.minimum(tl.maximum(steps, -512.0), 512.0)  # beyond, any zero point clamps it
-    steps = (steps + 12582912.0) - 12582912.0  # 1.5 · 2^23: float32 has no halves there
-    if zero is not None:
-        steps += tl.load(zero).to(tl.float32)
-    return tl.minimum(tl.maximum(steps, -128.0), 127.0).to(tl.int8)
-
-
-@jit
-def load_masked(pointers, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def load(pointers, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Codes, 0 outside; a mask that nothing needs costs nothing."""
     if ROWS and COLUMNS:
         codes = tl.load(pointers, mask=rows & columns, other=0)
@@ -139,31 +105,25 @@ def load_masked(pointers, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constex
 
 @jit
 def accumulate(
-    x, scale, zero, weight, channels, sums,
-    image, top, left, n, height, width, depth,
+    x, scale, zero, weight, channels, sums, image, top, left, n, height, width, depth,
     KH: tl.constexpr, KW: tl.constexpr, EVEN: tl.constexpr, PADDED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One operand's part of a tile: rows' filters start at (top, left) of `image`."""
-    offset = tl.arange(0, BLOCK_K)
+    """One operand's part of a tile (BM, BN): rows' windows begin at (top, left) of `image`."""
     start = x + image.to(tl.int64) * height * width * depth
     filters = weight + n * (KH * KW * depth)
-    blocks = tl.cdiv(depth, BLOCK_K)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    blocks = tl.cdiv(depth, BK)
+    acc = tl.zeros((BM, BN), tl.int32)
     for step in range(KH * KW * blocks):
-        tap, k = step // blocks, step % blocks * BLOCK_K + offset
+        tap, k = step // blocks, step % blocks * BK + tl.arange(0, BK)
         i, j = top + tap // KW, left + tap % KW
-        inside = (i >= 0) & (i < height) & (j >= 0) & (j < width)
+        inside = ((i >= 0) & (i < height) & (j >= 0) & (j < width))[:, None]
         pixel = start + (i * width + j) * depth
-        q = load_masked(
-            pixel[:, None] + k[None, :], inside[:, None], (k < depth)[None, :], PADDED, not EVEN
-        )
+        q = load(pixel[:, None] + k[None, :], inside, (k < depth)[None, :], PADDED, not EVEN)
         if zero is not None and PADDED:
-            q = tl.where(inside[:, None], q, tl.load(zero))
-        w = load_masked(
-            filters[None, :] + (tap * depth + k)[:, None], False, (k < depth)[:, None], False,
-            not EVEN,
-        )  # fmt: skip
+            q = tl.where(inside, q, tl.load(zero))
+        taken = filters[None, :] + (tap * depth + k)[:, None]
+        w = load(taken, False, (k < depth)[:, None], False, not EVEN)
         acc = dot(q, w, acc)
     if zero is not None:
         acc -= (tl.load(zero).to(tl.int32) * tl.load(sums + n))[None, :]
@@ -176,28 +136,23 @@ def conv_kernel(
     bias, residual, out_scale, out_zero, rows, columns, height, width, depth, depth2,
     out_height, out_width, stride_h, stride_w, padding_h, padding_w,
     KH: tl.constexpr, KW: tl.constexpr, EVEN: tl.constexpr, EVEN2: tl.constexpr,
-    PADDED: tl.constexpr, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    PADDED: tl.constexpr, ACTIVATION: tl.constexpr, TYPE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    """One program makes BLOCK_M pixels of BLOCK_N output channels."""
-    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
-    first = tl.program_id(0) // (GROUP * tiles_n) * GROUP
-    tall = tl.minimum(tiles_m - first, GROUP)
-    place = tl.program_id(0) % (GROUP * tiles_n)
-    row = (first + place % tall) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = place // tall * BLOCK_N + tl.arange(0, BLOCK_N)
+    """One program makes BM pixels of BN output channels."""
+    row, column = place(rows, columns, BM, BN, BAND)
     m, n = row % rows, column % columns  # what lies beyond repeats the first, and is not stored
     image, at = m // (out_height * out_width), m % (out_height * out_width)
     top = at // out_width * stride_h - padding_h
     left = at % out_width * stride_w - padding_w
     total = accumulate(
         x, scale, zero, weight, channels, sums, image, top, left, n, height, width, depth,
-        KH, KW, EVEN, PADDED, BLOCK_M, BLOCK_N, BLOCK_K,
+        KH, KW, EVEN, PADDED, BM, BN, BK,
     )  # fmt: skip
     if x2 is not None:
         total += accumulate(
             x2, scale2, zero2, weight2, channels2, sums2, image, top, left, n, height, width,
-            depth2, KH, KW, EVEN2, PADDED, BLOCK_M, BLOCK_N, BLOCK_K,
+            depth2, KH, KW, EVEN2, PADDED, BM, BN, BK,
         )  # fmt: skip
     if bias is not None:
         total += tl.load(bias + n).to(tl.float32)[None, :]
@@ -206,10 +161,10 @@ def conv_kernel(
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     if residual is not None:
         total += tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
+    value = to_type(total, TYPE)
     if out_scale is not None:
-        tl.store(y + offset, to_int8(rounded(total, DTYPE), out_scale, out_zero), mask=mask)
-    else:
-        tl.store(y + offset, total.to(y.dtype.element_ty), mask=mask)
+        value = to_int8(value.to(tl.float32), out_scale, out_zero)
+    tl.store(y + offset, value, mask=mask)
 
 
 NAMES = tuple(signature(reference).parameters)
@@ -237,159 +192,43 @@ def launch(results: tuple[Tensor, ...], *args: Any) -> Launch | None:
     """
     given = dict(zip(NAMES, args, strict=True))
     (y,) = results
-    _check_window(given)
-    _check_operand(given, "", y)
-    _check_second(given, y)
-    _check_rest(given, y)
+    check_conv(given, y)
     return _launch(given, y) if y.numel() else None
 
 
 def _launch(given: dict[str, Any], y: Tensor) -> Launch:
     """The launch for arguments that the kernel takes."""
-    (height, width), columns = y.shape[2:], y.shape[1]
+    x, weight, (height, width) = given["x"], given["weight"], y.shape[2:]
+    rows, columns = y.numel() // y.shape[1], y.shape[1]
     depths = [given[name].shape[1] for name in ("x", "x2") if given[name] is not None]
-    tile = choose_tile(y.numel() // columns, columns, depths)
+    tile = choose_tile(rows, columns, depths)
     tensors = {name: given[name] for name in NAMES if name not in OPTIONS}
     sizes = {
-        "rows": y.numel() // columns, "columns": columns, "height": given["x"].shape[2],
-        "width": given["x"].shape[3], "depth": depths[0], "depth2": depths[-1],
-        "out_height": height, "out_width": width,
+        "rows": rows, "columns": columns, "height": x.shape[2], "width": x.shape[3],
+        "depth": depths[0], "depth2": depths[-1], "out_height": height, "out_width": width,
+        "stride_h": given["stride"][0], "stride_w": given["stride"][1],
+        "padding_h": given["padding"][0], "padding_w": given["padding"][1],
     }  # fmt: skip
-    for side, name in enumerate("hw"):
-        sizes[f"stride_{name}"] = given["stride"][side]
-        sizes[f"padding_{name}"] = given["padding"][side]
     constants = {
-        "KH": given["weight"].shape[2],
-        "KW": given["weight"].shape[3],
-        "EVEN": depths[0] % tile.k == 0,
-        "EVEN2": depths[-1] % tile.k == 0,
-        "PADDED": any(given["padding"]),
-        "ACTIVATION": given["activation"],
-        "DTYPE": str(given["dtype"]).removeprefix("torch."),
-        "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": GROUP,
+        "KH": weight.shape[2], "KW": weight.shape[3], "PADDED": any(given["padding"]),
+        "EVEN": depths[0] % tile.depth == 0, "EVEN2": depths[-1] % tile.depth == 0,
+        "ACTIVATION": given["activation"], "TYPE": type_name(given["dtype"]),
+        "BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "BAND": BAND,
     }  # fmt: skip
-    grid = (cdiv(sizes["rows"], tile.m) * cdiv(columns, tile.n),)
-    return Launch(conv_kernel, grid, {"y": y, **tensors, **sizes}, constants, tile.warps, STAGES)
-
-
-class Tile(NamedTuple):
-    """What one program makes: m rows by n columns, in steps of k."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-
-
-TILES = ((128, 128, 8), (128, 64, 4), (64, 64, 4), (64, 32, 4), (32, 32, 4))  # m, n, warps
-FILLED = 128  # programs that occupy a large chip
+    grid = (programs(tile, rows, columns),)
+    args = {"y": y, **tensors, **sizes}
+    return Launch(conv_kernel, grid, args, constants, tile.warps, tile.stages)
 
 
 def choose_tile(rows: int, columns: int, depths: list[int]) -> Tile:
-    """The largest tile that fits the columns and leaves enough programs; chosen by shapes alone."""
-    k = max(32, min(128, gcd(128, *depths))) if min(depths) > 64 else 64 if min(depths) > 32 else 32
-    for m, n, warps in TILES:
-        if cdiv(columns, n) * n - columns < n // 2 and cdiv(rows, m) * cdiv(columns, n) >= FILLED:
-            return Tile(m, n, k, warps)
-    return Tile(*TILES[-1][:2], k, TILES[-1][2])
-
-
-def _check_window(given: dict[str, Any]) -> None:
-    for name, least in (("stride", 1), ("padding", 0)):
-        check(
-            len(given[name]) == 2 and min(given[name]) >= least,
-            f"{name}: expected two integers of at least {least}, got {given[name]}",
-        )
-
-
-def _check_operand(given: dict[str, Any], suffix: str, y: Tensor) -> None:
-    x, scale, zero, weight, channels, sums = (
-        given[f"{name}{suffix}"] for name in ("x", "scale", "zero", "weight", "channels", "sums")
-    )
-    for name, codes in (("x", x), ("weight", weight)):
-        _check_image(f"{name}{suffix}", codes, torch.int8)
-    check(
-        weight.shape[1] == x.shape[1],
-        f"weight{suffix}: expected {x.shape[1]} input channels, as x{suffix} has, got "
-        f"{weight.shape[1]}; convolutions in groups run unfused",
-    )
-    check(
-        max(weight.shape[2:]) <= LARGEST and prod(weight.shape[1:]) <= LONGEST,
-        f"weight{suffix}: expected a window of at most {LARGEST}x{LARGEST} and sums of at most "
-        f"{LONGEST} products, got {tuple(weight.shape)}; run this convolution in float",
-    )
-    _check_vector(f"scale{suffix}", scale, 1, torch.float32)
-    _check_vector(f"channels{suffix}", channels, y.shape[1], torch.float32)
-    if zero is not None:
-        _check_vector(f"zero{suffix}", zero, 1, torch.int8)
-        check(sums is not None, f"sums{suffix}: zero{suffix} needs the sums of each filter's codes")
-        _check_vector(f"sums{suffix}", sums, y.shape[1], torch.int32)
-
-
-def _check_second(given: dict[str, Any], y: Tensor) -> None:
-    needed = [given[name] is not None for name in ("x2", "scale2", "weight2", "channels2")]
-    check(
-        all(needed) or not any(needed),
-        "x2, scale2, weight2, channels2: expected all of them or none",
-    )
-    if not any(needed):
-        return
-    _check_operand(given, "2", y)
-    x, x2, weight, weight2 = (given[name] for name in ("x", "x2", "weight", "weight2"))
-    for name, one, two in (("x2", x, x2), ("weight2", weight, weight2)):
-        expected = (one.shape[0], two.shape[1], *one.shape[2:])
-        check(
-            tuple(two.shape) == expected,
-            f"{name}: expected shape {expected}, got {tuple(two.shape)}; only the input channels "
-            f"of two operands may differ",
-        )
-
-
-def _check_rest(given: dict[str, Any], y: Tensor) -> None:
-    activation, residual = given["activation"], given["residual"]
-    known = activation in ACTIVATIONS
-    check(known, f"activation: unknown {activation!r}{nearest(activation, ACTIVATIONS)}")
-    if given["bias"] is not None:
-        _check_vector("bias", given["bias"], y.shape[1])
-    if residual is not None:
-        _check_image("residual", residual)
-        check(
-            residual.shape == y.shape,
-            f"residual: expected the result's shape {tuple(y.shape)}, got {tuple(residual.shape)}",
-        )
-    if given["out_scale"] is not None:
-        _check_vector("out_scale", given["out_scale"], 1, torch.float32)
-    if given["out_zero"] is not None:
-        check(given["out_scale"] is not None, "out_zero: give out_scale too, or neither")
-        _check_vector("out_zero", given["out_zero"], 1, torch.int8)
-
-
-def _check_image(name: str, image: Tensor, dtype: torch.dtype | None = None) -> None:
-    check(
-        image.dim() == 4 and image.dtype == (dtype or image.dtype),
-        f"{name}: expected a {dtype or 'float'} image of four dimensions, got {image.dtype} "
-        f"{tuple(image.shape)}",
-    )
-    check(
-        image.movedim(1, -1).is_contiguous(),
-        f"{name}: expected channels_last memory, got strides {image.stride()}; call "
-        f".contiguous(memory_format=torch.channels_last) first",
-    )
-    check(
-        prod(image.shape[1:]) < 1 << 31,
-        f"{name}: expected fewer than 2^31 elements in an image, got {tuple(image.shape)}; cut it "
-        f"into tiles",
-    )
-
-
-def _check_vector(name: str, vector: Tensor, size: int, dtype: torch.dtype | None = None) -> None:
-    check(
-        vector.numel() == size
-        and vector.is_contiguous()
-        and vector.dtype == (dtype or vector.dtype),
-        f"{name}: expected {size} contiguous elements of {dtype or 'any float type'}, got "
-        f"{vector.dtype} {tuple(vector.shape)}",
-    )
+    """The largest tile that wastes few columns and still fills a GPU, for the operands' depths."""
+    least = WASTE * cdiv(columns, TILES[-1].columns) * TILES[-1].columns
+    fitting = [tile for tile in TILES if cdiv(columns, tile.columns) * tile.columns <= least]
+    filling = [tile for tile in fitting if programs(tile, rows, columns) >= FILL]
+    tile = (filling or fitting[-1:])[0]
+    most = 64 if len(depths) > 1 and tile == TILES[0] else tile.depth  # two sums fill registers
+    even = gcd(most, *depths)
+    return tile._replace(depth=even if even >= 32 else 64 if min(depths) > 32 else 32)
 
 
 def operand(

@@ -14,16 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from effuse.errors import nearest
-from effuse.kernels.conv_scaled import activate, quantize_one, to_int8
-from effuse.kernels.epilogue import ACTIVATIONS
+from effuse.kernels.epilogue import ACTIVATIONS, activate
+from effuse.kernels.images import check_codes, check_innermost, check_vector, quantize_one, to_int8
 from effuse.kernels.launch import Launch, Native, cdiv, check, define, jit, power_of_two, tl
 from effuse.kernels.op import Op, Sample
+from effuse.kernels.rows import narrow
 
 LANES = 4096  # elements of a program's tile: 32 in each thread of 4 warps
 
@@ -116,7 +116,7 @@ def apply_kernel(
     value *= factor[None, :]
     if bias is not None:
         value += tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)[None, :]
-    value = activate(value, ACTIVATION).to(kind)
+    value = narrow(activate(value, ACTIVATION), kind)
     if scale is not None:
         value = to_int8(value.to(tl.float32), scale, zero)
     tl.store(y + row + channel[None, :], value, mask=mask)
@@ -144,8 +144,8 @@ def stats_launch(results: tuple[Tensor, ...], x: Tensor, groups: int, eps: float
         "BLOCK_P": power_of_two(_pixels(x), 1, max(1, LANES // block)),
         "BLOCK_C": block,
     }
-    sizes = {"pixels": _pixels(x), "channels": x.shape[1]}
-    args = {"stats": results[0], "x": x, "eps": eps, **sizes}
+    args: dict[str, Any] = {"stats": results[0], "x": x, "eps": eps}
+    args |= {"pixels": _pixels(x), "channels": x.shape[1]}
     return Launch(stats_kernel, (x.shape[0] * groups,), args, constants)
 
 
@@ -182,13 +182,11 @@ def launch(
     """
     _check_image(x, groups)
     _check_parameters(x, stats, groups, weight, bias)
-    known = activation in ACTIVATIONS
-    check(known, f"activation: unknown {activation!r}{nearest(activation, ACTIVATIONS)}")
-    if scale is not None:
-        _check_one("scale", scale, torch.float32)
-    if zero is not None:
-        check(scale is not None, "zero: give scale too, or neither")
-        _check_one("zero", zero, torch.int8)
+    check(
+        activation in ACTIVATIONS,
+        f"activation: expected one of {sorted(ACTIVATIONS)}, got {activation!r}",
+    )
+    check_codes(scale, zero)
     if not x.numel():
         return None
     channels, pixels = x.shape[1], _pixels(x)
@@ -215,12 +213,7 @@ def _check_image(x: Tensor, groups: int) -> None:
         x.dim() > 1 and x.is_floating_point(),
         f"x: expected floats of shape (n, c, …), got {x.dtype} {tuple(x.shape)}",
     )
-    check(
-        x.movedim(1, -1).is_contiguous(),
-        f"x: expected its channels innermost in memory, got shape {tuple(x.shape)} with strides "
-        f"{x.stride()}; call .contiguous(memory_format=torch.channels_last) of an image first, "
-        f".mT.contiguous().mT of (n, c, l)",
-    )
+    check_innermost("x", x)
     check(
         groups > 0 and x.shape[1] % groups == 0,
         f"groups: expected a divisor of the {x.shape[1]} channels, got {groups}",
@@ -237,18 +230,8 @@ def _check_parameters(
         f"{tuple(stats.shape)}",
     )
     for name, vector in (("weight", weight), ("bias", bias)):
-        check(
-            vector is None or (vector.shape == x.shape[1:2] and vector.is_contiguous()),
-            f"{name}: expected a contiguous vector of {x.shape[1]} channels, got "
-            f"{None if vector is None else tuple(vector.shape)}",
-        )
-
-
-def _check_one(name: str, value: Tensor, dtype: torch.dtype) -> None:
-    check(
-        value.numel() == 1 and value.dtype == dtype,
-        f"{name}: expected one element of {dtype}, got {value.dtype} {tuple(value.shape)}",
-    )
+        if vector is not None:
+            check_vector(name, vector, x.shape[1])
 
 
 def _layouts(generator: torch.Generator) -> list[tuple[Tensor, int]]:
