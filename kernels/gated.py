@@ -37,11 +37,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
 }
-HALVES = {  # the activation, and whether it takes the first half
-    "geglu": ("gelu", False),
-    "geglu_tanh": ("gelu_tanh", False),
-    "swiglu": ("silu", False),
-    "swiglu_first": ("silu", True),
+HALVES = {  # the activation, and which half it takes
+    "geglu": ("gelu", 1),
+    "geglu_tanh": ("gelu_tanh", 1),
+    "swiglu": ("silu", 1),
+    "swiglu_first": ("silu", 0),
 }
 
 
@@ -61,9 +61,9 @@ def reference(
 def _activated(x: Tensor, kind: str) -> Tensor:
     if kind in ACTIVATIONS:
         return ACTIVATIONS[kind](x)
-    name, first = HALVES[kind]
-    hidden, gate = x.chunk(2, -1)[:: -1 if first else 1]
-    return hidden * ACTIVATIONS[name](gate)
+    name, half = HALVES[kind]
+    halves = x.chunk(2, -1)
+    return ACTIVATIONS[name](halves[half]) * halves[1 - half]
 
 
 @jit
@@ -79,29 +79,30 @@ def activate(v, ACTIVATION: tl.constexpr):
 @jit
 def gated_values(given, row, here, col, within):
     """A block of the activated x · smooth, in x's type."""
-    x, smooth, stride, half, ACTIVATION, GATED, FIRST = given
+    x, smooth, stride, half = given[0]
+    ACTIVATION: tl.constexpr = given[1]
+    GATE: tl.constexpr = given[2]
     a = load_rows(x, row, here, col, within, stride)
     v = a.to(tl.float32)
-    if GATED:
-        b = load_rows(x + half, row, here, col, within, stride).to(tl.float32)
-        v = activate(v, ACTIVATION) * b if FIRST else v * activate(b, ACTIVATION)
-    else:
+    if GATE == -1:
         v = activate(v, ACTIVATION)
+    else:
+        b = load_rows(x + half, row, here, col, within, stride).to(tl.float32)
+        v = activate(v, ACTIVATION) * b if GATE == 0 else v * activate(b, ACTIVATION)
     return smooth_block(narrow(v, a.dtype), smooth, col, within)
 
 
 @jit
 def gated_kernel(
     x, smooth, half, down, codes, scale, low, rows, columns, rank, stride,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, FIRST: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATE: tl.constexpr,
     LIMIT: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """One program: BM rows, and BR of the ranks."""
-    given = (x, smooth, stride, half, ACTIVATION, GATED, FIRST)
+    """One program: BM rows, and BR of the ranks; GATE: which half is activated, -1 of none."""
     finish(
-        gated_values, given, down, codes, scale, low, rows, columns, rank,
-        LIMIT, GROUP, WHOLE, BM, BK, BR,
+        gated_values, ((x, smooth, stride, half), ACTIVATION, GATE),
+        down, codes, scale, low, rows, columns, rank, LIMIT, GROUP, WHOLE, BM, BK, BR,
     )  # fmt: skip
 
 
@@ -125,9 +126,8 @@ def launch(
     Raises:
         BackendError: the rows of x are not at one distance, or an operand does not fit them.
     """
-    name, first = HALVES.get(kind, (kind, False))
-    args = {"half": _columns(x, kind)}
-    constants = {"ACTIVATION": name, "GATED": kind in HALVES, "FIRST": first}
+    name, half = HALVES.get(kind, (kind, -1))
+    args, constants = {"half": _columns(x, kind)}, {"ACTIVATION": name, "GATE": half}
     vectors = {"smooth": smooth}
     return launch_rows(gated_kernel, results, x, down, quantizer, args, constants, vectors)
 

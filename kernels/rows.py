@@ -128,7 +128,7 @@ def round_even(v):
 @jit
 def narrow(v, TYPE: tl.constexpr):
     """v in a float type, rounded to the nearest, ties to even."""
-    if IN_INTERPRETER and TYPE == tl.bfloat16 and v.dtype == tl.float32:  # it would cut off
+    if IN_INTERPRETER and v.dtype == tl.float32 and tl.bfloat16 == TYPE:  # it would cut off
         bits = v.to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         v = (bits & -0x10000).to(tl.float32, bitcast=True)
@@ -139,9 +139,13 @@ def narrow(v, TYPE: tl.constexpr):
 def to_code(v, LIMIT: tl.constexpr):
     """The codes of v (float32, in units of the scale): e4m3 where LIMIT is 448, else int8."""
     v = tl.clamp(v, -LIMIT, LIMIT)
-    if LIMIT != 448.0:
-        return round_even(v).to(tl.int8)
-    if IN_INTERPRETER:  # whose conversion loses what is carried into the exponent
+    return to_e4m3(v) if LIMIT == 448.0 else round_even(v).to(tl.int8)
+
+
+@jit
+def to_e4m3(v):
+    """v (float32, within ±448) as float8e4nv, to the nearest, ties to even."""
+    if IN_INTERPRETER:  # it would lose what is carried into the exponent
         binade = tl.maximum(v.to(tl.int32, bitcast=True) & 0x7F800000, 121 << 23)
         step = (binade - (3 << 23)).to(tl.float32, bitcast=True)
         v = round_even(v / step) * step
@@ -251,11 +255,11 @@ def finish(
             store_groups(codes, scale, v, row, mine, col, start, columns, LIMIT, GROUP, BM, BK)
     if TOKEN:
         s = scale_of(amax, LIMIT)
-        tl.store(scale + row, s, mask=mine)
         for start in range(0, BK if WHOLE else columns, BK):
             col = start + tl.arange(0, BK)
             v = block_of(values, given, row, here, col, columns)
             store_tokens(codes, v, s, row, mine, col, columns, LIMIT)
+        tl.store(scale + row, s, mask=mine)  # last: a whole row's v is computed but once then
     if down is not None:
         r = tl.program_id(1) * BR + tl.arange(0, BR)
         store_rows(low, acc, row, here, r, rank)
@@ -353,5 +357,6 @@ def row_tile(rows: int, columns: int, rank: int, group: int, width: int) -> Tile
         return Tile(several, block, 16, min(16, max(4, several * block // 1024)))
     wide = width == 2  # float32 has no exact tensor cores: its products are made in registers
     block = power_of_two(columns, max(16, group), max(group, 128 if wide else 32))
-    ranks = power_of_two(rank, 16, (128 if wide else 32) * 128 // block)
-    return Tile(32 if wide and rows >= 4096 else 16, block, ranks, 4)
+    ranks = power_of_two(rank, 16, (128 * 128 if wide else 1024) // block)
+    several = 32 if wide and rows >= 4096 and block <= 128 else 16
+    return Tile(several, block, ranks, 8 if several * block > 2048 else 4)
