@@ -18,6 +18,7 @@ from effuse.backends.triton_match import (
     arguments,
     aten,
     floats,
+    given,
     is_call,
     operands,
     ops,
@@ -39,17 +40,18 @@ SECOND = {"x": "x2", "scale": "scale2", "zero": "zero2", "weight": "weight2",
 
 def conv(edit: Editor, node: fx.Node) -> Found:
     """conv2d(x̂, ŵ, b) -> conv2d_scaled of x's and w's codes."""
-    weight, given = weight_of(edit, node.args[1]), activation_of(node.args[0])  # type: ignore[arg-type]
+    x, w, *rest = given(node)
+    weight, read = weight_of(edit, w), activation_of(x)
     if isinstance(weight, str):
         return weight
-    stride, padding, dilation, groups = conv_options(node.args[3:])
-    if given.text != STATIC or not weight.text.startswith("int"):
-        return f"no kernel takes weights {weight.text} beside activations {given.text}"
-    if reason := _unfit(node, given.source, dilation, groups):
+    stride, padding, dilation, groups = conv_options(rest[1:])
+    if read.text != STATIC or not weight.text.startswith("int"):
+        return f"no kernel takes weights {weight.text} beside activations {read.text}"
+    if reason := _unfit(node, read.source, dilation, groups):
         return reason
-    codes, scale, zero, _ = given.call.args
+    codes, scale, zero, _ = given(read.call)
     wide, sums = wide_codes(edit, weight)
-    bias = bias_of(edit, node.args[2]) if len(node.args) > 2 else None
+    bias = bias_of(edit, *rest)
     return edit.call(
         CONV, node, x=codes, scale=scale, zero=zero, weight=innermost(edit, wide),
         channels=weight.scale, sums=sums, bias=bias, stride=stride, padding=padding,
@@ -105,7 +107,8 @@ def _apart(first: dict[str, Any], second: dict[str, Any]) -> str | None:
 
 def recoded(edit: Editor, node: fx.Node) -> Found:
     """quantize(conv(x)) -> codes from the convolution itself."""
-    x, scale, zero = (unwidened(node.args[0]), *node.args[1:3])
+    x, scale, zero, _ = given(node)
+    x = unwidened(x)
     found = layer(x, CONV)
     if found is None:
         return None
@@ -121,7 +124,7 @@ def _not_int8(scale: Any, zero: Any) -> str | None:
 
 def group_norm(edit: Editor, node: fx.Node) -> Found:
     """silu(group_norm(x)) -> group_norm_act(x, group_stats(x))."""
-    x: Any = node.args[0]
+    x = given(node)[0]
     if not is_call(x, aten.group_norm.default):
         return None
     return _normed(edit, x, "silu") if sole(x) else "others read the norm"
@@ -129,7 +132,8 @@ def group_norm(edit: Editor, node: fx.Node) -> Found:
 
 def coded_norm(edit: Editor, node: fx.Node) -> Found:
     """Codes of a group norm, or of its SiLU -> codes from group_norm_act."""
-    x, scale, zero = (unwidened(node.args[0]), *node.args[1:3])
+    x, scale, zero, _ = given(node)
+    x = unwidened(x)
     if not is_call(x, aten.group_norm.default, NORM):
         return None
     if reason := _not_int8(scale, zero):

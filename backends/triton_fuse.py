@@ -17,6 +17,7 @@ from effuse.backends.triton_match import (
     as_rows,
     aten,
     floats,
+    given,
     in_blocks,
     is_call,
     is_stored,
@@ -36,7 +37,9 @@ LINEARS = (ops.linear_scaled.default, ops.linear_packed.default)
 LAYERS = (*LINEARS, ops.conv2d_scaled.default)
 MOST_PLANES = 4  # queries, keys, values and a gate
 
-ROWS = {  # the arguments that have a row, or a number, for each output column
+ROWS: dict[
+    Any, tuple[str, ...]
+] = {  # the arguments that have a row, or a number, for each output column
     ops.linear_scaled.default: ("weight", "channels", "sums", "bias", "up"),
     ops.linear_packed.default: ("packed", "w_scale", "bias", "up"),
 }
@@ -66,8 +69,8 @@ def branch(edit: Editor, node: fx.Node) -> Found:
         found = layer(one, *LINEARS)
         if found is None or not is_call(other, ops.project.default) or not sole(other):
             continue
-        low, up = other.args
-        if not is_stored(up) or up.target in edit.swappable:  # type: ignore[union-attr]
+        low, up = given(other)
+        if not is_stored(up) or up.target in edit.swappable:
             return "the branch takes LoRAs while it runs"
         if found["low"] is not None or found["activation"] or found["gate"] is not None:
             return "the layer's epilogue has no room for a branch"
@@ -78,12 +81,13 @@ def branch(edit: Editor, node: fx.Node) -> Found:
 
 def activated(edit: Editor, node: fx.Node) -> Found:
     """act(sum)."""
-    found = layer(node.args[0])
+    source = given(node)[0]
+    found = layer(source)
     if found is None:
         return None
     if found["activation"] or found.get("gate") is not None or found["residual"] is not None:
         return "the layer's epilogue is past its activation"
-    return edit.changed(node.args[0], activation=activation_kind(node))  # type: ignore[arg-type]
+    return edit.changed(source, activation=activation_kind(node))
 
 
 def gated_rows(edit: Editor, node: fx.Node) -> Found:
@@ -113,9 +117,10 @@ def added(edit: Editor, node: fx.Node) -> Found:
 
 def casted(edit: Editor, node: fx.Node) -> Found:
     """The result in the type that it is cast to."""
-    if layer(node.args[0]) is None or not floats(node):
+    source = given(node)[0]
+    if layer(source) is None or not floats(node):
         return None
-    return edit.changed(node.args[0], dtype=value_of(node).dtype)  # type: ignore[arg-type]
+    return edit.changed(source, dtype=value_of(node).dtype)
 
 
 def planes(edit: Editor, node: fx.Node) -> Found:
@@ -139,7 +144,7 @@ def planes(edit: Editor, node: fx.Node) -> Found:
 
 def siblings(node: fx.Node) -> list[fx.Node]:
     """The layers that read the same first operand, in the order of the graph."""
-    first: fx.Node = node.args[0]  # type: ignore[assignment]
+    first = given(node)[0]
     return sorted(each for each in first.users if each.target is node.target)
 
 

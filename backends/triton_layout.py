@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from effuse.backends.triton_match import aten, ops
-from effuse.graph import emit, outputs, set_outputs, value_of
+from effuse.graph import emit, emit_weight, outputs, set_outputs, value_of
+from effuse.weights import WeightStore
 
 DENSE, IMAGE = torch.contiguous_format, torch.channels_last
 ROWS = "rows"  # dense in the last axis; the others are as one
@@ -24,10 +26,10 @@ READS: dict[Any, dict[str, Any]] = {  # operands that have to lie in a certain w
 }
 
 
-def laid_out(graph: fx.Graph) -> tuple[fx.Graph, int]:
+def laid_out(graph: fx.Graph, weights: WeightStore) -> tuple[fx.Graph, int]:
     """A copy of the graph with recorded values made anew, and how many copies it now makes.
 
-    Outputs that were contiguous stay so.
+    Weights are stored dense, as files keep them; outputs that were contiguous stay so.
     """
     new = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
@@ -39,6 +41,9 @@ def laid_out(graph: fx.Graph) -> tuple[fx.Graph, int]:
                 args[place] = _as(new, args[place], layout, copies)
             kwargs = mapping_of(node.kwargs, mapping)
             mapping[node] = emit(new, node.target, *args, like=node, **kwargs)
+        elif node.op == "get_attr" and not _contiguous(node):
+            name = str(node.target)
+            mapping[node] = emit_weight(new, weights, name, weights[name].contiguous())
         elif node.op != "output":
             mapping[node] = new.node_copy(node)
     results = [
@@ -84,5 +89,5 @@ def lies(value: Tensor, layout: Any) -> bool:
     sizes = [(size, step) for size, step in zip(value.shape, value.stride(), strict=True)]
     *lead, (columns, step) = sizes
     lead = [pair for pair in lead if pair[0] != 1]
-    inner = zip(lead, lead[1:], strict=False)
-    return (step == 1 or columns == 1) and all(a[1] == b[0] * b[1] for a, b in inner)
+    merge = all(outer[1] == inner[0] * inner[1] for outer, inner in pairwise(lead))
+    return (step == 1 or columns == 1) and merge

@@ -18,6 +18,7 @@ from torch import fx
 from effuse.backends.triton_match import (
     Editor,
     Found,
+    given,
     is_call,
     is_stored,
     ops,
@@ -56,7 +57,7 @@ class Weight:
     @property
     def over(self) -> Any:
         """The scale over e4m3 scales, or None."""
-        return self.call.args[3] if self.call.target is ops.unpack.default else None
+        return given(self.call)[3] if self.call.target is ops.unpack.default else None
 
 
 @dataclass(frozen=True)
@@ -125,36 +126,34 @@ def _by_group(weight: str) -> bool:
 
 def linear(edit: Editor, node: fx.Node) -> Found:
     """linear(x̂, ŵ, b) -> linear_scaled or linear_packed of x's and w's codes."""
-    weight, given = weight_of(edit, node.args[1]), activation_of(node.args[0])  # type: ignore[arg-type]
+    x, w, *rest = given(node)
+    weight, read = weight_of(edit, w), activation_of(x)
     if isinstance(weight, str):
         return weight
-    kernel = kernel_of(given.text, weight.text)
+    kernel = kernel_of(read.text, weight.text)
     if kernel not in WRITERS:
         return kernel
-    if given.text == STATIC and value_of(given.source).dtype != torch.int8:
+    if read.text == STATIC and value_of(read.source).dtype != torch.int8:
         return "activations in uint8 whose zero point is computed"
-    bias = bias_of(edit, node.args[2]) if len(node.args) > 2 else None
-    named = {"bias": bias, "dtype": value_of(node).dtype, **WRITERS[kernel](edit, weight, given)}
+    bias = bias_of(edit, *rest)
+    named = {"bias": bias, "dtype": value_of(node).dtype, **WRITERS[kernel](edit, weight, read)}
     return edit.call(TARGETS[kernel], node, **named)
 
 
-def _scaled(edit: Editor, weight: Weight, given: Activation) -> dict[str, Any]:
-    if given.text != STATIC:
-        codes, scale = codes_of(edit, given)
-        own = {"weight": weight.codes, "channels": weight.scale}
-        return {
-            "codes": codes,
-            "scale": scale,
-            **(e4m3(edit, weight) if weight.text == E4M3 else own),
-        }
+def _scaled(edit: Editor, weight: Weight, read: Activation) -> dict[str, Any]:
+    if read.text != STATIC:
+        codes, scale = codes_of(edit, read)
+        int8 = {"weight": weight.codes, "channels": weight.scale}
+        own = e4m3(edit, weight) if weight.text == E4M3 else int8
+        return {"codes": codes, "scale": scale, **own}
     wide, sums = wide_codes(edit, weight)
-    codes, scale, zero, _ = given.call.args
+    codes, scale, zero, _ = given(read.call)
     return {"codes": codes, "scale": scale, "zero": zero, "weight": wide,
             "channels": weight.scale, "sums": sums}  # fmt: skip
 
 
-def _packed(edit: Editor, weight: Weight, given: Activation) -> dict[str, Any]:
-    x, scale = (given.source, None) if given.text == FLOAT else codes_of(edit, given)
+def _packed(edit: Editor, weight: Weight, read: Activation) -> dict[str, Any]:
+    x, scale = (read.source, None) if read.text == FLOAT else codes_of(edit, read)
     return {"x": x, "scale": scale, "packed": weight.codes, "w_scale": columns(edit, weight),
             "over": weight.over, "weight": weight.text}  # fmt: skip
 
@@ -163,13 +162,13 @@ WRITERS = {"scaled": _scaled, "packed": _packed}
 TARGETS = {"scaled": ops.linear_scaled.default, "packed": ops.linear_packed.default}
 
 
-def codes_of(edit: Editor, given: Activation) -> tuple[fx.Node, fx.Node]:
+def codes_of(edit: Editor, read: Activation) -> tuple[fx.Node, fx.Node]:
     """The codes and scales of an activation, found once for all that read it so."""
-    key = (given.source, given.text)
+    key = (read.source, read.text)
     if key not in edit.shared:
-        with edit.graph.inserting_before(given.call):
+        with edit.graph.inserting_before(read.call):
             edit.shared[key] = edit.call(
-                ops.quantize_rows.default, given.call, x=given.source, quantizer=given.text
+                ops.quantize_rows.default, read.call, x=read.source, quantizer=read.text
             )
     made = edit.shared[key]
     return edit.item(made, 0), edit.item(made, 1)
@@ -177,10 +176,10 @@ def codes_of(edit: Editor, given: Activation) -> tuple[fx.Node, fx.Node]:
 
 def e4m3(edit: Editor, weight: Weight) -> dict[str, fx.Node]:
     """A weight's e4m3 patterns as floats of that type, and its scales as a vector."""
-    codes, scale, shape = str(weight.codes.target), str(weight.scale.target), weight.call.args[5]
+    codes, scale, shape = str(weight.codes.target), str(weight.scale.target), given(weight.call)[5]
     view = edit.stored(
         f"{codes}.float8",
-        lambda: edit.weights[codes].view(torch.float8_e4m3fn).reshape(shape),  # type: ignore[arg-type]
+        lambda: edit.weights[codes].view(torch.float8_e4m3fn).reshape(shape),
     )
     channels = edit.stored(f"{scale}.channels", lambda: edit.weights[scale].flatten())
     return {"weight": view, "channels": channels}
@@ -198,16 +197,16 @@ def wide_codes(edit: Editor, weight: Weight) -> tuple[fx.Node, fx.Node]:
     """A weight's codes as int8, and their sums over all but the output channels, int32."""
     name, codes = str(weight.codes.target), weight.codes
     if weight.text != INT8:
-        _, bits, shape = weight.call.args[0].args  # type: ignore[union-attr]
+        _, bits, shape = given(given(weight.call)[0])
         packed, name = name, f"{name}.wide"
-        codes = edit.stored(name, lambda: widen_reference(edit.weights[packed], bits, shape))  # type: ignore[arg-type]
+        codes = edit.stored(name, lambda: widen_reference(edit.weights[packed], bits, shape))
     sums = edit.stored(
         f"{name}.sums", lambda: edit.weights[name].flatten(1).sum(1, dtype=torch.int32)
     )
     return codes, sums
 
 
-def bias_of(edit: Editor, node: Any) -> fx.Node | None:
+def bias_of(edit: Editor, node: Any = None, *_: Any) -> fx.Node | None:
     """A bias in float: one stored as int32 at the scale of the products is made float32 here."""
     call = uncast(node)
     if not is_call(call, ops.dequantize.default):
@@ -223,13 +222,13 @@ def bias_of(edit: Editor, node: Any) -> fx.Node | None:
 
 def signed(edit: Editor, node: fx.Node) -> Found:
     """(q - z) · s of uint8 codes = (q' - z') · s of int8 codes, with q' = q - 128, z' = z - 128."""
-    x, scale, zero, axis = node.args
-    if value_of(zero).dtype != torch.uint8:  # type: ignore[arg-type]
+    x, scale, zero, axis = given(node)
+    if value_of(zero).dtype != torch.uint8:
         return None
     readers = list(node.users)
     if not all(is_call(each, ops.dequantize.default) and each.args[2] is zero for each in readers):
         return "codes that others read"
-    new = shifted(edit, zero)  # type: ignore[arg-type]
+    new = shifted(edit, zero)
     if new is None:
         return "its zero point is computed"
     codes: fx.Node = emit(edit.graph, node.target, unwidened(x), scale, new, axis, like=node)

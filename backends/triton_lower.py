@@ -96,7 +96,7 @@ def lowered(edit: Editor) -> fx.Graph:
     for stage in STAGES:
         apply(edit, stage)
     eliminate(edit.graph)
-    graph, copies = laid_out(edit.graph)
+    graph, copies = laid_out(edit.graph, edit.weights)
     if copies:
         edit.log.rewrites["copy"] += copies
     return graph

@@ -115,9 +115,25 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     }
 
 
+def given(node: fx.Node) -> tuple[Any, ...]:
+    """The arguments of a call that it gives by position."""
+    return node.args
+
+
 def is_call(node: Any, *targets: Any) -> bool:
     """Whether a value is a call of one of `targets`."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def chain(node: Any, targets: tuple[Any, ...]) -> tuple[fx.Node, ...] | None:
+    """Calls of `targets`, each one of what the next one gives, down from `node`; or None."""
+    found: list[fx.Node] = []
+    for target in targets:
+        if not is_call(node, target):
+            return None
+        found.append(node)
+        node = given(node)[0]
+    return tuple(found)
 
 
 def is_stored(node: Any) -> bool:
@@ -156,13 +172,10 @@ def shape_of(node: fx.Node) -> tuple[str, ...]:
 
 def operands(node: fx.Node) -> tuple[tuple[fx.Node, fx.Node], ...]:
     """Both orders of the operands of a commutative call of two values, if it is one."""
-    one, *others = node.args
-    if len(others) != 1 or node.kwargs or not isinstance(others[0], fx.Node):
+    pair = given(node)
+    if len(pair) != 2 or node.kwargs or not all(isinstance(each, fx.Node) for each in pair):
         return ()
-    if not isinstance(one, fx.Node):
-        return ()
-    other = others[0]
-    return ((one, other), (other, one))
+    return (pair, pair[::-1])
 
 
 def latest(pairs: tuple[tuple[fx.Node, fx.Node], ...]) -> list[tuple[fx.Node, fx.Node]]:

@@ -21,7 +21,9 @@ from effuse.backends.triton_match import (
     arguments,
     as_rows,
     aten,
+    chain,
     floats,
+    given,
     in_blocks,
     is_call,
     is_stored,
@@ -30,6 +32,7 @@ from effuse.backends.triton_match import (
     shape_of,
     sole,
     uncast,
+    unwidened,
 )
 from effuse.graph import emit, value_of
 from effuse.kernels import gated as gated  # registers the ops
@@ -37,7 +40,9 @@ from effuse.kernels import quantize_rows as quantize_rows
 from effuse.kernels import row_norm as row_norm
 
 ROW_NORM, GATED, ROWS = ops.row_norm.default, ops.gated.default, ops.quantize_rows.default
-NORMS = {aten.layer_norm.default: "layer", aten.rms_norm.default: "rms"}
+NORMS: dict[Any, str] = {aten.layer_norm.default: "layer", aten.rms_norm.default: "rms"}
+CUTS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
+ROOT = (aten.rsqrt.default, aten.add.Tensor, aten.mean.dim, aten.pow.Tensor_Scalar)
 KINDS = {  # by the activation, and the half that it is of
     ("gelu", 1): "geglu",
     ("gelu_tanh", 1): "geglu_tanh",
@@ -97,16 +102,13 @@ def _rsqrt_norm(node: Any) -> tuple[fx.Node, float] | None:
     if not is_call(node, aten.mul.Tensor) or not sole(node):
         return None
     for x, root in operands(node):
-        inner = root
-        for target in (aten.rsqrt.default, aten.add.Tensor, aten.mean.dim, aten.pow.Tensor_Scalar):
-            if not is_call(inner, target):
-                break
-            *_, inner = inner, inner.args[0]
-        else:
-            mean, total = root.args[0].args[0], root.args[0]  # type: ignore[union-attr]
-            if _over_last(mean) and mean.args[0].args[1] == 2 and uncast(inner) is uncast(x):  # type: ignore[union-attr]
-                eps: Any = total.args[1]  # type: ignore[union-attr]
-                return (uncast(x), eps) if isinstance(eps, float) else None
+        steps = chain(root, ROOT)
+        if steps is None:
+            continue
+        total, square = given(steps[1]), given(steps[3])
+        same = unwidened(square[0]) is unwidened(x) and square[1] == 2
+        if same and _over_last(steps[2]) and isinstance(total[1], float):
+            return unwidened(x), total[1]
     return None
 
 
@@ -119,16 +121,17 @@ def _over_last(mean: Any) -> bool:
 def _beneath(node: fx.Node) -> tuple[list[fx.Node], fx.Node]:
     """Transposes of `node` that leave the last axis, from the outside in; what is under them."""
     views: list[fx.Node] = []
-    while is_call(node, aten.transpose.int, aten.permute.default):
-        last = value_of(node).dim() - 1
-        moved: Any = node.args[1:] if node.target is aten.transpose.int else node.args[1]
-        places = [axis % (last + 1) for axis in moved]
-        kept = last not in places if node.target is aten.transpose.int else places[-1] == last
-        if not kept:
-            break
+    while is_call(node, aten.transpose.int, aten.permute.default) and _keeps_last(node):
         views.append(node)
-        node = node.args[0]  # type: ignore[assignment]
+        node = given(node)[0]
     return views, node
+
+
+def _keeps_last(view: fx.Node) -> bool:
+    dims = value_of(view).dim()
+    if view.target is aten.permute.default:
+        return bool(given(view)[1][-1] % dims == dims - 1)
+    return all(axis % dims != dims - 1 for axis in given(view)[1:])
 
 
 def scaled(edit: Editor, node: fx.Node) -> Found:
@@ -150,8 +153,7 @@ def scaled(edit: Editor, node: fx.Node) -> Found:
 def _one_more(factor: fx.Node) -> tuple[fx.Node, float]:
     """s and 1 of s + 1, or the factor itself and 0."""
     if is_call(factor, aten.add.Tensor, aten.add.Scalar) and not factor.kwargs:
-        one: Any = factor.args[1]
-        scale: Any = factor.args[0]
+        scale, one = given(factor)
         if not isinstance(one, fx.Node) and one == 1 and floats(scale):
             return scale, 1.0
     return factor, 0.0
@@ -188,38 +190,43 @@ def halves(edit: Editor, node: fx.Node) -> Found:
 
 def half_of(node: Any) -> tuple[fx.Node, int] | None:
     """A value and which half of its last axis `node` is, or None."""
-    if is_call(node, operator.getitem):
-        cut, index = node.args
-        if not is_call(cut, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default):
-            return None
-        source, axis = cut.args[0], arguments(cut)["dim"]
-        at = (source, index) if len(value_of(cut)) == 2 else None
-    elif is_call(node, aten.slice.Tensor):
-        given = arguments(node)
-        source, axis, start = node.args[0], given["dim"], given["start"] or 0
-        at = (source, 1 if start else 0) if given["step"] == 1 else None
-        if start not in (0, value_of(node).shape[-1]):
-            return None
-    else:
+    found = _piece(node) if is_call(node, operator.getitem, aten.slice.Tensor) else None
+    if found is None:
         return None
-    whole, half = value_of(source).shape, value_of(node).shape  # type: ignore[arg-type]
-    last = axis % len(whole) == len(whole) - 1  # type: ignore[operator]
-    return at if last and str(whole[-1]) == str(2 * half[-1]) else None  # type: ignore[return-value]
+    source, axis, index = found
+    whole, half = shape_of(source), shape_of(node)
+    last = axis % len(whole) == len(whole) - 1
+    even = str(2 * value_of(node).shape[-1]) == whole[-1]
+    return (source, index) if last and even and whole[:-1] == half[:-1] else None
+
+
+def _piece(node: fx.Node) -> tuple[fx.Node, int, int] | None:
+    """A value, the axis along which `node` is cut out of it, and the place."""
+    cut, *index = given(node)
+    if index and is_call(cut, *CUTS):
+        return given(cut)[0], arguments(cut)["dim"], index[0]
+    if not is_call(node, aten.slice.Tensor):
+        return None
+    found = arguments(node)
+    start, axis = found["start"] or 0, found["dim"]
+    size = value_of(node).shape[axis]
+    whole = found["step"] == 1 and start in (0, size)
+    return (cut, axis, int(start > 0)) if whole else None
 
 
 def down(edit: Editor, node: fx.Node) -> Found:
-    """project(x, D) beside the codes of x, or the x of a fused op -> D in that op: x is read once."""
-    x, matrix = node.args
-    if not is_stored(matrix) or matrix.target in edit.swappable:  # type: ignore[union-attr]
+    """project(x, D) beside the codes of x, or behind a fused op -> D in that op: x is read once."""
+    x, matrix = given(node)
+    if not is_stored(matrix) or matrix.target in edit.swappable:
         return None
-    host = _beside(x)  # type: ignore[arg-type]
+    host = _beside(x)
     if host is None:
         return None
     if arguments(host)["down"] is not None:
         return "the codes have another branch already"
     first = min(host, node)
     with edit.graph.inserting_before(first):
-        new = edit.changed(host, down=edit.again(matrix))  # type: ignore[arg-type]
+        new = edit.changed(host, down=edit.again(matrix))
     edit.replace(host, new)
     return edit.item(new, 2)
 
