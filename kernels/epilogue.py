@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effuse.kernels.launch import check, contiguous, dot, jit, power_of_two, tl
+from effuse.kernels.rows import narrow
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "": lambda x: x,
@@ -176,7 +177,7 @@ def add_low_rank(total, low, up, m, n, rows, columns, rank, BR: tl.constexpr):
         inside = start + r < rank
         a = tl.load(left + start, mask=(n < columns)[:, None] & inside[None, :], other=0.0)
         b = tl.load(right + start, mask=(m < rows)[None, :] & inside[:, None], other=0.0)
-        total = dot(a.to(b.dtype), b, total)
+        total = dot(narrow(a, b.dtype), b, total)
     return total
 
 
@@ -201,4 +202,4 @@ def finish_tile(
     if PLANES:
         at = (n // plane).to(tl.int64)[:, None] * rows * plane
         at += m.to(tl.int64)[None, :] * plane + (n % plane)[:, None]
-    tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + at, narrow(total, y.dtype.element_ty), mask=inside)

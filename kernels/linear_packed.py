@@ -34,6 +34,7 @@ from effuse.kernels.launch import Launch, Native, check, contiguous, define, dot
 from effuse.kernels.low_bit import pack_weight, unpack_reference
 from effuse.kernels.op import Op, Sample
 from effuse.kernels.quantizers import Quantizer, find_scale, parse_quantizer, to_codes
+from effuse.kernels.rows import narrow
 from effuse.kernels.tiles import BAND, Tile, clamped, load, pick, place, programs
 from effuse.kernels.unpacking import (
     e2m1_to_float,
@@ -114,7 +115,7 @@ def float_sums(
         stored = load(w_scale[:, None] + at[None, :], at[None, :], groups, EVEN)
         w = value * spread(scale_to_float(stored, SCALE) * over, BN, GROUPS, BK)
         x = load(right + start, k[:, None], depth - start, EVEN)
-        total = dot(w.to(compute), x.to(compute), total)
+        total = dot(narrow(w, compute), x.to(compute), total)
     return total
 
 
@@ -171,9 +172,9 @@ TILES = {
         Tile(64, 128, 64, 4, 3),
         Tile(64, 64, 64, 4, 4),
         Tile(32, 64, 64, 4, 4),
-        Tile(16, 64, 128, 4, 4),
+        Tile(16, 64, 64, 4, 4),
     ),
-    torch.float32: (Tile(64, 64, 32, 8, 2), Tile(16, 64, 32, 4, 2)),
+    torch.float32: (Tile(64, 64, 16, 8, 2), Tile(16, 64, 32, 4, 2)),
 }
 TILES[torch.float16] = TILES[torch.float8_e4m3fn] = TILES[torch.bfloat16]
 
