@@ -211,7 +211,7 @@ def tabulate(program: Program, work: Work) -> Program:
         if part is not schedule:
             for name in part.inputs:
                 if name in tables:
-                    _read_table(part.graph, name, tables[name], weights)
+                    _read_table(part.graph, name, tables, weights)
             eliminate(part.graph)
             drop_unused_inputs(part.graph)
             parts.append(part)
@@ -290,8 +290,13 @@ def _example(program: Program, item: Any, grow: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=example.dtype)
 
 
-def _read_table(graph: fx.Graph, name: str, table: torch.Tensor, weights: WeightStore) -> None:
-    """placeholder `name` -> expand(index_select(table, 0, step_index))."""
+def _read_table(
+    graph: fx.Graph, name: str, tables: Mapping[str, torch.Tensor], weights: WeightStore
+) -> None:
+    """placeholder `name` -> expand(index_select(table, 0, step_index)).
+
+    Open sizes are read from inputs that stay.
+    """
     place = next(node for node in inputs(graph) if node.target == name)
     step = next((node for node in inputs(graph) if node.target == STEP_INPUT), None)
     if step is None:
@@ -299,11 +304,11 @@ def _read_table(graph: fx.Graph, name: str, table: torch.Tensor, weights: Weight
         step = emit_input(graph, STEP_INPUT, fake_mode(graph).from_tensor(index))
     wanted = value_of(place).shape
     with graph.inserting_before(_first_call(graph)):
-        stored = emit_weight(graph, weights, f"table.{name}", table)
+        stored = emit_weight(graph, weights, f"table.{name}", tables[name])
         row = emit(graph, aten.index_select.default, stored, 0, step, like=place)
         row = emit(graph, aten.squeeze.dim, row, 0, like=place)
         if [str(size) for size in value_of(row).shape] != [str(size) for size in wanted]:
-            others = [node for node in inputs(graph) if node is not place]
+            others = [node for node in inputs(graph) if node.target not in tables]
             sizes = [_size(graph, size, others) for size in wanted]
             row = emit(graph, aten.expand.default, row, sizes, like=place)
     substitute(place, row)

@@ -268,6 +268,20 @@ def test_a_conditioning_part_with_an_open_batch():
         assert torch.allclose(found[0], run_program(program, given)[0], rtol=1e-6, atol=1e-6)
 
 
+def test_two_tables_in_one_part_read_the_open_size_from_neither():
+    def forward(sample, timestep, prompt):
+        t = timestep.float()[:, None]
+        return sample * (t.cos() * prompt + (t.sin() * prompt).tanh())
+
+    program, result = hoisted(forward, values(2) | {"prompt": torch.randn(2, 4)}, dynamic=OPEN)
+    verify(result)
+    conditioning = result.part("conditioning")
+    assert set(conditioning.inputs) == {STEP_INPUT, "prompt"}
+    for batch in (1, 3):
+        given = values(batch) | {"prompt": torch.randn(batch, 4)}
+        assert torch.equal(run_program(result, given)[0], run_program(program, given)[0])
+
+
 def test_a_table_that_would_depend_on_an_open_size_is_rejected():
     def forward(sample, timestep):
         places = torch.arange(sample.shape[0])
