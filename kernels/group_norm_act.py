@@ -25,7 +25,9 @@ from effuse.kernels.launch import Launch, Native, cdiv, check, define, jit, powe
 from effuse.kernels.op import Op, Sample
 from effuse.kernels.rows import narrow
 
-LANES = 4096  # elements of a program's tile: 32 in each thread of 4 warps
+LANES = 32 * 32  # elements of a warp: 32 in each thread
+WIDEST = 1 << 14  # channels of a group, which are in registers together
+WARPS, STATS_WARPS = 4, 8  # few programs find statistics, so that each of them reads more at once
 
 
 def stats_reference(x: Tensor, groups: int, eps: float) -> Tensor:
@@ -80,11 +82,11 @@ def stats_kernel(
         at = x + start + pixel.to(tl.int64)[:, None] * channels + offset_c[None, :]
         value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         change = tl.where(mask, value - mean, 0.0)
-        mean += change / (block + 1.0)
+        mean += change * (1.0 / (block + 1.0))
         square += change * tl.where(mask, value - mean, 0.0)
     seen = (pixels - offset_p + BLOCK_P - 1) // BLOCK_P  # blocks in which a lane had a pixel
     count = tl.where((offset_c < WIDTH)[None, :], seen[:, None], 0).to(tl.float32)
-    total = tl.maximum(pixels * WIDTH, 1).to(tl.float32)
+    total = tl.maximum(tl.sum(tl.sum(count, 1), 0), 1.0)
     centre = tl.sum(tl.sum(mean * count, 1), 0) / total
     away = mean - centre
     variance = tl.sum(tl.sum(square + away * away * count, 1), 0) / total
@@ -141,12 +143,12 @@ def stats_launch(results: tuple[Tensor, ...], x: Tensor, groups: int, eps: float
     constants = {
         "GROUPS": groups,
         "WIDTH": width,
-        "BLOCK_P": power_of_two(_pixels(x), 1, max(1, LANES // block)),
+        "BLOCK_P": power_of_two(_pixels(x), 1, max(1, STATS_WARPS * LANES // block)),
         "BLOCK_C": block,
     }
     args: dict[str, Any] = {"stats": results[0], "x": x, "eps": eps}
     args |= {"pixels": _pixels(x), "channels": x.shape[1]}
-    return Launch(stats_kernel, (x.shape[0] * groups,), args, constants)
+    return Launch(stats_kernel, (x.shape[0] * groups,), args, constants, STATS_WARPS)
 
 
 def empty(
@@ -191,7 +193,7 @@ def launch(
         return None
     channels, pixels = x.shape[1], _pixels(x)
     block_c = power_of_two(channels, 1, 128 if channels % 128 == 0 else 64)
-    block_p = power_of_two(pixels, 1, LANES // block_c)
+    block_p = power_of_two(pixels, 1, WARPS * LANES // block_c)
     constants = {
         "GROUPS": groups, "WIDTH": channels // groups, "ACTIVATION": activation,
         "BLOCK_P": block_p, "BLOCK_C": block_c,
@@ -201,7 +203,7 @@ def launch(
         "zero": zero, "pixels": pixels, "channels": channels,
     }  # fmt: skip
     grid = (x.shape[0] * cdiv(pixels, block_p), cdiv(channels, block_c))
-    return Launch(apply_kernel, grid, args, constants)
+    return Launch(apply_kernel, grid, args, constants, WARPS)
 
 
 def _pixels(x: Tensor) -> int:
@@ -217,6 +219,11 @@ def _check_image(x: Tensor, groups: int) -> None:
     check(
         groups > 0 and x.shape[1] % groups == 0,
         f"groups: expected a divisor of the {x.shape[1]} channels, got {groups}",
+    )
+    check(
+        x.shape[1] <= WIDEST * groups,
+        f"groups: expected at most {WIDEST} channels in a group, got {x.shape[1] // groups}; "
+        f"normalize in float by the unfused op",
     )
 
 
