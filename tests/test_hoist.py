@@ -271,12 +271,13 @@ def test_a_conditioning_part_with_an_open_batch():
 def test_two_tables_in_one_part_read_the_open_size_from_neither():
     def forward(sample, timestep, prompt):
         t = timestep.float()[:, None]
-        return sample * (t.cos() * prompt + (t.sin() * prompt).tanh())
+        one, other, text = t.cos(), t.sin(), prompt.tanh()
+        return sample * (one * text + (other * text).tanh())
 
     program, result = hoisted(forward, values(2) | {"prompt": torch.randn(2, 4)}, dynamic=OPEN)
     verify(result)
     conditioning = result.part("conditioning")
-    assert set(conditioning.inputs) == {STEP_INPUT, "prompt"}
+    assert set(conditioning.inputs) == {STEP_INPUT, "prompt_tanh"}
     for batch in (1, 3):
         given = values(batch) | {"prompt": torch.randn(batch, 4)}
         assert torch.equal(run_program(result, given)[0], run_program(program, given)[0])
