@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import fx
 
+from effuse.backends.triton_lower import Lowered
 from effuse.backends.triton_plan import plan_arena, storage, tensors
 from effuse.cost import node_bytes
 from effuse.graph import calls
 from effuse.kernels.table import BY_TARGET
+from effuse.log import Log
 from effuse.program import Program
 
 
@@ -30,19 +32,23 @@ def is_view(node: fx.Node) -> bool:
     return all(storage(tensor) in read for tensor in tensors(node))
 
 
-def figures(program: Program, lowered: Program, table: Mapping[str, Any]) -> dict[str, Any]:
+def figures(program: Program, lowered: Lowered, table: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest's entries about kernels.
 
     `native`: of each effuse op of the lowered program, whether a kernel runs it. `kernels`: of each
     part, launches and bytes moved, of which kernels of ours, PyTorch's, and effuse ops that have
-    no kernel; the arena; and the most that a kernel asks of the GPU.
+    no kernel; what the rules of the lowering did and why they left sites alone; the arena; and the
+    most that a kernel asks of the GPU.
     """
-    found = {part.name: part_figures(part.graph) for part in lowered.parts}
+    found = {
+        part.name: {**part_figures(part.graph), **rules(lowered.logs[part.name])}
+        for part in lowered.program.parts
+    }
     kernels = table["kernels"].values()
     most = {word: max((each[word] for each in kernels), default=0)
             for word in ("registers", "spills", "shared")}  # fmt: skip
     return {
-        "native": native(lowered),
+        "native": native(lowered.program),
         "kernels": {
             "target": table["target"],
             "distinct": len(kernels),
@@ -51,6 +57,12 @@ def figures(program: Program, lowered: Program, table: Mapping[str, Any]) -> dic
             "before": {part.name: traffic(part.graph) for part in program.parts},
         },
     }
+
+
+def rules(log: Log) -> dict[str, Any]:
+    """What each rule did, and why it left sites alone."""
+    reasons = {rule: dict(sorted(counts.items())) for rule, counts in sorted(log.reasons.items())}
+    return {"rules": dict(sorted(log.rewrites.items())), "reasons": reasons}
 
 
 def part_figures(graph: fx.Graph) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class Planned:
             node: tuple(
                 in_arena(memory, arena.offsets[node.name, number], tensor)
                 if (node.name, number) in arena.offsets
-                else torch.empty_like(tensor, device=device)
+                else torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
                 for number, tensor in enumerate(as_tuple(value_of(node)))
             )
             for node in graph.nodes

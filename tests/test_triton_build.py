@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
-from effuse.backends.triton_build import calls_of, check_kernel, compile_all, run_worker
+from effuse.backends.triton_build import check_kernel, compile_all, run_worker
 from effuse.backends.triton_kernels import kernel_from_json, specialize
 from effuse.errors import BackendError
 from effuse.kernels.launch import as_tuple
@@ -162,7 +162,7 @@ def test_layers_of_many_sizes_share_kernels(built):
 
 def test_the_same_kernel_compiles_to_the_same_bytes(built, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    name, kernel, _, cubin = built["sm_90"][0]
+    _, kernel, _, cubin = built["sm_90"][0]
     again = compile_all({cubin.stem: (kernel, GPUS["sm_90"])}, tmp_path, lambda *_: None)
     assert again[cubin.stem]["spills"] == 0
     assert (tmp_path / cubin.name).read_bytes() == cubin.read_bytes()
@@ -197,5 +197,5 @@ def test_a_compiler_that_aborts_is_told_of(tmp_path):
     _, kernel = next(iter(kernels_for("sm_90").values()))
     broken = {"folder": str(tmp_path), "kernels": {"a-key": {"kernel": {**kernel.data(), "x": 1},
                                                              "capability": 90}}}  # fmt: skip
-    with pytest.raises(BackendError, match="the compiler aborted at a-key: .*'x'"):
+    with pytest.raises(BackendError, match=r"the compiler aborted at a-key: .*'x'"):
         run_worker(broken, lambda line: None)
