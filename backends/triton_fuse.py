@@ -26,6 +26,7 @@ from effuse.backends.triton_match import (
     ops,
     shape_of,
     sole,
+    unwidened,
 )
 from effuse.graph import emit, value_of
 from effuse.kernels import conv_scaled as conv_scaled  # registers the op
@@ -111,7 +112,7 @@ def added(edit: Editor, node: fx.Node) -> Found:
         if found["residual"] is not None:
             return "the layer's epilogue has a residual already"
         if shape_of(one) == shape_of(residual):
-            return edit.changed(one, residual=residual, dtype=value_of(node).dtype)
+            return edit.changed(one, residual=unwidened(residual), dtype=value_of(node).dtype)
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -26,37 +27,64 @@ READS: dict[Any, dict[str, Any]] = {  # operands that have to lie in a certain w
 }
 
 
+@dataclass
+class Copier:
+    """Copies a graph and records its values anew; counts the copies of values that it adds."""
+
+    weights: WeightStore
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    made: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    read: dict[fx.Node, fx.Node] = field(default_factory=dict)  # instead of what was made
+    copies: int = 0
+
+    def add(self, node: fx.Node) -> None:
+        """The node's counterpart."""
+        if node.op == "call_function":
+            self._call(node)
+        elif node.op == "get_attr" and not _contiguous(node):
+            name = str(node.target)
+            dense = self.weights[name].contiguous()
+            self.made[node] = emit_weight(self.graph, self.weights, name, dense)
+        else:
+            self.made[node] = self.graph.node_copy(node)
+
+    def _call(self, node: fx.Node) -> None:
+        for place, layout in _wanted(node):
+            if isinstance(source := node.args[place], fx.Node):
+                self.lay(source, layout)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.of)
+        self.made[node] = emit(self.graph, node.target, *args, like=node, **kwargs)
+
+    def of(self, node: fx.Node) -> fx.Node:
+        """What stands for a node of the old graph: a copy, once there is one."""
+        return self.read.get(node) or self.made[node]
+
+    def lay(self, node: fx.Node, layout: Any) -> None:
+        """Let a value lie as `layout` says from here on."""
+        if not lies(value_of(self.of(node)), layout):
+            format = IMAGE if layout is IMAGE else DENSE
+            self.read[node] = emit(
+                self.graph, aten.clone.default, self.made[node], like=node, memory_format=format
+            )
+            self.copies += 1
+
+
 def laid_out(graph: fx.Graph, weights: WeightStore) -> tuple[fx.Graph, int]:
     """A copy of the graph with recorded values made anew, and how many copies it now makes.
 
     Weights are stored dense, as files keep them; outputs that were contiguous stay so.
     """
-    new = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    copies: dict[tuple[fx.Node, Any], fx.Node] = {}
+    new = Copier(weights)
     for node in graph.nodes:
-        if node.op == "call_function":
-            args = [mapping_of(each, mapping) for each in node.args]
-            for place, layout in _wanted(node):
-                args[place] = _as(new, args[place], layout, copies)
-            kwargs = mapping_of(node.kwargs, mapping)
-            mapping[node] = emit(new, node.target, *args, like=node, **kwargs)
-        elif node.op == "get_attr" and not _contiguous(node):
-            name = str(node.target)
-            mapping[node] = emit_weight(new, weights, name, weights[name].contiguous())
-        elif node.op != "output":
-            mapping[node] = new.node_copy(node)
-    results = [
-        _as(new, mapping[each], DENSE, copies) if _contiguous(each) else mapping[each]
-        for each in outputs(graph)
-    ]
-    set_outputs(new, results)
-    return new, len(copies)
-
-
-def mapping_of(args: Any, mapping: dict[fx.Node, fx.Node]) -> Any:
-    """`args` with every node replaced."""
-    return fx.map_arg(args, mapping.__getitem__)
+        if node.op != "output":
+            new.add(node)
+    results = outputs(graph)
+    new.read.clear()
+    for each in results:
+        if _contiguous(each):
+            new.lay(each, DENSE)
+    set_outputs(new.graph, map(new.of, results))
+    return new.graph, new.copies
 
 
 def _wanted(node: fx.Node) -> list[tuple[int, Any]]:
@@ -69,17 +97,6 @@ def _wanted(node: fx.Node) -> list[tuple[int, Any]]:
 def _contiguous(node: fx.Node) -> bool:
     value = value_of(node)
     return isinstance(value, Tensor) and value.is_contiguous()
-
-
-def _as(graph: fx.Graph, node: Any, layout: Any, copies: dict[tuple[fx.Node, Any], fx.Node]) -> Any:
-    """The value as it has to lie: itself where it does."""
-    if node is None or lies(value_of(node), layout):
-        return node
-    format = IMAGE if layout is IMAGE else DENSE
-    key = (node, format)
-    if key not in copies:
-        copies[key] = emit(graph, aten.clone.default, node, like=node, memory_format=format)
-    return copies[key]
 
 
 def lies(value: Tensor, layout: Any) -> bool:

@@ -16,7 +16,7 @@ from effuse.backends import triton_fuse as fuse
 from effuse.backends import triton_linears as linears
 from effuse.backends import triton_producers as producers
 from effuse.backends.triton_layout import laid_out
-from effuse.backends.triton_match import Editor, Rule, aten, ops
+from effuse.backends.triton_match import Editor, Rule, aten, ops, plain_cast
 from effuse.graph import calls, clone, eliminate
 from effuse.log import Log
 from effuse.plan import factor_axes
@@ -28,6 +28,7 @@ Stage = tuple[Rule, ...]
 
 ACTIVATIONS = (aten.gelu.default, aten.silu.default)
 STAGES: tuple[Stage, ...] = (
+    (Rule("plain_cast", (aten._to_copy.default, aten.type_as.default), plain_cast),),
     (Rule("signed", (ops.quantize.default,), linears.signed),),
     (
         Rule("linear", (aten.linear.default,), linears.linear),

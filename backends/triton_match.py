@@ -183,6 +183,15 @@ def latest(pairs: tuple[tuple[fx.Node, fx.Node], ...]) -> list[tuple[fx.Node, fx
     return sorted(pairs, key=lambda pair: pair[0], reverse=True)
 
 
+def plain_cast(edit: Editor, node: fx.Node) -> Found:
+    """_to_copy(x, dtype=…) and type_as(x, y) -> to(x, dtype)."""
+    source = given(node)[0]
+    if set(node.kwargs) - {"dtype"} or value_of(source).device != value_of(node).device:
+        return None
+    found: fx.Node = emit(edit.graph, aten.to.dtype, source, value_of(node).dtype, like=node)
+    return found
+
+
 def in_blocks(node: fx.Node, like: fx.Node) -> bool:
     """Whether a value (…, K) says the same of all rows of `like` in a block of consecutive ones.
 
