@@ -16,6 +16,9 @@ LONGEST = 1 << 16  # products in a sum: 2^16 · 255 · 128 < 2^31
 LARGEST = 7  # side of a window
 
 
+INDEXED = (1 << 31) - 256  # elements that a 32-bit index reaches, with a tile beyond
+
+
 def check_conv(given: dict[str, Any], y: Tensor) -> None:
     """See that the kernel can fill `y` from the op's arguments, `given` by name.
 
@@ -26,6 +29,11 @@ def check_conv(given: dict[str, Any], y: Tensor) -> None:
     _check_operand(given, "", y)
     _check_second(given, y)
     _check_rest(given, y)
+    check(
+        max(prod(y.shape[2:]) * len(y), given["weight"].numel()) <= INDEXED,
+        f"x, weight: expected at most {INDEXED} pixels of the result and elements of the weight, "
+        f"got a result of {tuple(y.shape)}; cut the batch",
+    )
 
 
 def _check_window(given: dict[str, Any]) -> None:
@@ -105,7 +113,7 @@ def _check_image(name: str, image: Tensor) -> None:
     )
     check_innermost(name, image)
     check(
-        prod(image.shape[1:]) < 1 << 31,
-        f"{name}: expected fewer than 2^31 elements in an image, got {tuple(image.shape)}; cut it "
-        f"into tiles",
+        prod(image.shape[1:]) <= INDEXED,
+        f"{name}: expected at most {INDEXED} elements in an image, got {tuple(image.shape)}; cut "
+        f"it into tiles",
     )

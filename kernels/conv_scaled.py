@@ -25,7 +25,7 @@ from effuse.cost import FORMULAS, conv_flops
 from effuse.kernels.conv_checks import check_conv
 from effuse.kernels.epilogue import ACTIVATIONS, activate
 from effuse.kernels.images import quantize_one, to_int8, to_type, type_name
-from effuse.kernels.launch import Launch, Native, cdiv, define, dot, jit, tl
+from effuse.kernels.launch import Launch, Native, cdiv, check, define, dot, jit, tl
 from effuse.kernels.op import Op, Sample
 from effuse.kernels.quantize import along
 from effuse.kernels.tiles import BAND, FILL, Tile, place, programs
@@ -171,11 +171,20 @@ NAMES = tuple(signature(reference).parameters)
 
 
 def empty(*args: Any) -> Tensor:
-    """A result of `reference`, not filled, for its arguments."""
+    """A result of `reference`, not filled, for its arguments.
+
+    Raises:
+        BackendError: the window is larger than the padded image.
+    """
     given = dict(zip(NAMES, args, strict=True))
     x, weight = given["x"], given["weight"]
     sizes = zip(x.shape[2:], weight.shape[2:], given["stride"], given["padding"], strict=True)
     sides = [(size + 2 * padding - k) // stride + 1 for size, k, stride, padding in sizes]
+    check(
+        min(sides) > 0,
+        f"padding: a window of {tuple(weight.shape[2:])} does not fit an image of "
+        f"{tuple(x.shape[2:])} padded by {given['padding']}",
+    )
     return torch.empty(
         (x.shape[0], weight.shape[0], *sides),
         dtype=given["dtype"] if given["out_scale"] is None else torch.int8,
@@ -269,23 +278,10 @@ def samples(generator: torch.Generator) -> list[Sample]:
     ]  # fmt: skip
 
 
-def _flops(
-    x,
-    scale,
-    zero,
-    weight,
-    channels,
-    sums,
-    x2=None,
-    scale2=None,
-    zero2=None,
-    weight2=None,
-    *_,
-    out_val,
-    **__,
-) -> int:
-    second = 0 if x2 is None else conv_flops(x2, weight2, out_val=out_val)
-    return conv_flops(x, weight, out_val=out_val) + second
+def _flops(*shapes: Any, out_val: Any, **_: Any) -> int:
+    given = dict(zip(NAMES, shapes, strict=False))
+    weights = (given["weight"], given.get("weight2"))
+    return sum(conv_flops((), each, out_val=out_val) for each in weights if each is not None)
 
 
 TARGET = define("conv2d_scaled", reference, Native(empty, launch))

@@ -292,6 +292,7 @@ SECOND = conv_scaled.operand(generator(), (2, 3, 4, 4), (6, 3, 3), None)
         ({"x": torch.zeros(2, 4, 4, 5).permute(0, 3, 1, 2)}, "x: expected int8"),
         ({"weight": torch.zeros(6, 5, 3, 3, dtype=BYTES)}, "weight: .*channels_last"),
         ({"weight": torch.zeros(6, 4, 3, 3, dtype=BYTES).to(memory_format=LAST)}, "weight: .*5"),
+        ({"weight": torch.zeros(6, 1, 1, 1, dtype=BYTES).expand(6, 5, 3, 3)}, "weight: .*strides"),
         ({"weight": torch.zeros(6, 5, 8, 1, dtype=BYTES).to(memory_format=LAST),
           "padding": [4, 1]}, "weight: .*7x7"),
         ({"scale": torch.ones(2)}, "scale: expected 1 "),
@@ -321,6 +322,12 @@ def test_convolutions_that_are_refused(changes, message):
     call = conv_call(**changes)
     with pytest.raises(BackendError, match=message):
         conv_scaled.launch((conv_scaled.empty(*conv_call()),), *call)
+
+
+def test_a_window_that_does_not_fit_is_refused():
+    call = conv_call(weight=torch.zeros(6, 5, 3, 7, dtype=BYTES).to(memory_format=LAST))
+    with pytest.raises(BackendError, match="padding: a window"):
+        conv_scaled.empty(*call)
 
 
 # group norm
