@@ -79,14 +79,14 @@ def _spread(scale: Tensor, columns: int) -> Tensor:
 def int8_sums(
     packed, right, w_scale, x_scale, k, half, depth,
     GROUP: tl.constexpr, X_GROUP: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Σ over groups of scales · (Σ_k packed · right in int32), float32 (BN, BM).
 
     A scale whose group is 0 is left out: it is the same for the whole row.
     """
     total = tl.zeros((BN, BM), dtype=tl.float32)
-    for start in range(0, depth, STEP):
+    for start in tl.range(0, depth, STEP, num_stages=STAGES):  # said, it brings scales early too
         size = tl.minimum(depth - start, STEP)
         w = int4_in_high_bits(load(packed + start // 2, half[None, :], size // 2, EVEN))
         q = load(right + start, k[:, None], size, EVEN)
@@ -126,7 +126,7 @@ def linear_packed_kernel(
     GRID: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr,
     STEP: tl.constexpr, GROUPS: tl.constexpr, ACTIVATION: tl.constexpr, PLANES: tl.constexpr,
     EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
-    BAND: tl.constexpr,
+    BAND: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of y: rows m, columns n."""
     m, n = place(rows, columns, BM, BN, BAND)
@@ -138,7 +138,7 @@ def linear_packed_kernel(
     if x.dtype.element_ty == tl.int8:
         s = scale + row * (depth // X_GROUP) if X_GROUP else scale + row
         total = int8_sums(left, right, w_scale, s, k, half, depth,
-                          GROUP, X_GROUP, STEP, EVEN, BM, BN, BK)  # fmt: skip
+                          GROUP, X_GROUP, STEP, EVEN, STAGES, BM, BN, BK)  # fmt: skip
         if not GROUP:
             total *= tl.load(w_scale)[:, None]
         if not X_GROUP:
@@ -237,6 +237,7 @@ def launch(
             "BM": tile.rows,
             "BN": tile.columns,
             "BAND": BAND,
+            "STAGES": tile.stages,
         },
         tile.warps,
         tile.stages,
