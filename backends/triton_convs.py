@@ -17,6 +17,7 @@ from effuse.backends.triton_match import (
     Found,
     arguments,
     aten,
+    chain,
     floats,
     given,
     is_call,
@@ -24,6 +25,7 @@ from effuse.backends.triton_match import (
     ops,
     shape_of,
     sole,
+    uncast,
     unwidened,
 )
 from effuse.graph import emit, value_of
@@ -82,6 +84,8 @@ def innermost(edit: Editor, codes: fx.Node) -> fx.Node:
 def shortcut(edit: Editor, node: fx.Node) -> Found:
     """conv(x₁) + conv(x₂) -> one convolution of two operands, each with scales of its own."""
     for one, other in operands(node):
+        if _coded(one) and _coded(other):
+            return "the convolutions' results are made codes before they are added"
         first, second = layer(one, CONV), layer(other, CONV)
         if first is None or second is None or second["bias"] is not None:
             continue
@@ -90,6 +94,12 @@ def shortcut(edit: Editor, node: fx.Node) -> Found:
         named = {word: second[name] for name, word in SECOND.items()}
         return edit.changed(one, **named, dtype=value_of(node).dtype)
     return None
+
+
+def _coded(node: fx.Node) -> bool:
+    """Whether a value is dequantize(quantize(conv)), as a quantized convolution is written."""
+    steps = chain(uncast(node), (ops.dequantize.default, ops.quantize.default))
+    return steps is not None and is_call(unwidened(given(steps[1])[0]), CONV)
 
 
 def _apart(first: dict[str, Any], second: dict[str, Any]) -> str | None:

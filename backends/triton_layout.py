@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from effuse.backends.triton_match import aten, ops
-from effuse.graph import emit, emit_weight, outputs, set_outputs, value_of
+from effuse.graph import emit, emit_weight, outputs, recorded, set_outputs, value_of
 from effuse.weights import WeightStore
+
+aten, ops = torch.ops.aten, torch.ops.effuse
 
 DENSE, IMAGE = torch.contiguous_format, torch.channels_last
 ROWS = "rows"  # dense in the last axis; the others are as one
+IMAGE_DIMS = 4
+WHOLE = "whole"  # in any order, without gaps
 READS: dict[Any, dict[str, Any]] = {  # operands that have to lie in a certain way
+    ops.quantize.default: {"x": WHOLE},
     ops.quantize_rows.default: {"x": ROWS},
     ops.row_norm.default: dict.fromkeys(("x", "scale", "shift"), ROWS),
     ops.gated.default: {"x": ROWS},
@@ -62,10 +66,10 @@ class Copier:
     def lay(self, node: fx.Node, layout: Any) -> None:
         """Let a value lie as `layout` says from here on."""
         if not lies(value_of(self.of(node)), layout):
-            format = IMAGE if layout is IMAGE else DENSE
             self.read[node] = emit(
-                self.graph, aten.clone.default, self.made[node], like=node, memory_format=format
-            )
+                self.graph, aten.clone.default, self.made[node], like=node,
+                memory_format=IMAGE if layout is IMAGE else DENSE,
+            )  # fmt: skip
             self.copies += 1
 
 
@@ -101,10 +105,28 @@ def _contiguous(node: fx.Node) -> bool:
 
 def lies(value: Tensor, layout: Any) -> bool:
     """Whether a tensor lies as `layout` says."""
-    if layout is not ROWS:
-        return value.is_contiguous(memory_format=layout)
-    sizes = [(size, step) for size, step in zip(value.shape, value.stride(), strict=True)]
-    *lead, (columns, step) = sizes
+    if layout == WHOLE:
+        return value.stride() == torch.empty_like(value).stride()
+    if layout == ROWS:
+        return _rows(value)
+    return (value.movedim(1, -1) if layout is IMAGE else value).is_contiguous()
+
+
+def _rows(value: Tensor) -> bool:
+    *lead, (columns, step) = zip(value.shape, value.stride(), strict=True)
     lead = [pair for pair in lead if pair[0] != 1]
     merge = all(outer[1] == inner[0] * inner[1] for outer, inner in pairwise(lead))
     return (step == 1 or columns == 1) and merge
+
+
+def as_read(node: fx.Node) -> tuple[Any, ...]:
+    """The recorded arguments of a fused op as they lie once the graph is laid out."""
+    wanted = dict(_wanted(node))
+    values = enumerate(recorded(node.args))
+    return tuple(_laid(value, wanted.get(place)) for place, value in values)
+
+
+def _laid(value: Any, layout: Any) -> Any:
+    if not isinstance(value, Tensor) or (layout is None and value.dim() == IMAGE_DIMS):
+        return value
+    return value.contiguous(memory_format=IMAGE if layout is IMAGE else DENSE)

@@ -36,6 +36,7 @@ from effuse.kernels.quantizers import parse_quantizer
 from effuse.kernels.rows import TAKEN
 
 STATIC, FLOAT = "static", "float"
+DYNAMIC = (ops.linear_dynamic.default, ops.conv2d_dynamic.default)
 INT8, E4M3 = "int8/channel", "e4m3/channel"
 TOKEN, E4M3_TOKEN = "int8/token/dynamic", "e4m3/token/dynamic"
 FLOAT4 = ("e2m1/group16/scale-e4m3", "e2m1/group32/scale-e8m0")
@@ -140,6 +141,11 @@ def linear(edit: Editor, node: fx.Node) -> Found:
     return edit.call(TARGETS[kernel], node, **named)
 
 
+def dynamic(edit: Editor, node: fx.Node) -> Found:
+    """linear_dynamic and conv2d_dynamic stay: no kernel finds one scale over a whole tensor."""
+    return "one scale over the whole input, found at run time"
+
+
 def _scaled(edit: Editor, weight: Weight, read: Activation) -> dict[str, Any]:
     if read.text != STATIC:
         codes, scale = codes_of(edit, read)
@@ -165,7 +171,7 @@ TARGETS = {"scaled": ops.linear_scaled.default, "packed": ops.linear_packed.defa
 def codes_of(edit: Editor, read: Activation) -> tuple[fx.Node, fx.Node]:
     """The codes and scales of an activation, found once for all that read it so."""
     key = (read.source, read.text)
-    if key not in edit.shared:
+    if key not in edit.shared or edit.shared[key]._erased:
         with edit.graph.inserting_before(read.call):
             edit.shared[key] = edit.call(
                 ops.quantize_rows.default, read.call, x=read.source, quantizer=read.text

@@ -16,7 +16,8 @@ from effuse.backends import triton_fuse as fuse
 from effuse.backends import triton_linears as linears
 from effuse.backends import triton_producers as producers
 from effuse.backends.triton_layout import laid_out
-from effuse.backends.triton_match import Editor, Rule, aten, ops, plain_cast
+from effuse.backends.triton_match import Editor, Found, Rule, aten, ops, plain_cast
+from effuse.errors import BackendError
 from effuse.graph import calls, clone, eliminate
 from effuse.log import Log
 from effuse.plan import factor_axes
@@ -33,6 +34,7 @@ STAGES: tuple[Stage, ...] = (
     (
         Rule("linear", (aten.linear.default,), linears.linear),
         Rule("conv", (aten.conv2d.default,), convs.conv),
+        Rule("dynamic", linears.DYNAMIC, linears.dynamic),
     ),
     # beside codes; D goes before smoothing, whose product it reads
     (Rule("down", (ops.project.default,), producers.down),),
@@ -113,8 +115,7 @@ def apply(edit: Editor, stage: Stage) -> None:
 
 def rewrite(edit: Editor, rule: Rule, node: fx.Node) -> bool:
     """Apply a rule to one call, if it can be; what it says is counted."""
-    with edit.graph.inserting_before(node):
-        found = rule.rewrite(edit, node)
+    found = tried(edit, rule, node)
     if isinstance(found, fx.Node):
         edit.log.rewrites[rule.name] += 1
         if not node._erased:
@@ -123,3 +124,12 @@ def rewrite(edit: Editor, rule: Rule, node: fx.Node) -> bool:
     if found:
         edit.log.reject(rule.name, found)
     return False
+
+
+def tried(edit: Editor, rule: Rule, node: fx.Node) -> Found:
+    """What a rule gives for a call; what the kernel refuses is a reason, too."""
+    try:
+        with edit.graph.inserting_before(node):
+            return rule.rewrite(edit, node)
+    except BackendError as error:
+        return str(error)

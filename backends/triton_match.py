@@ -14,7 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from effuse.graph import emit, emit_weight, substitute, unused_name, value_of
+from effuse.backends.triton_layout import as_read
+from effuse.errors import BackendError
+from effuse.graph import emit, emit_weight, substitute, typing, unused_name, value_of
+from effuse.kernels.launch import as_tuple
+from effuse.kernels.table import BY_TARGET
 from effuse.log import Log
 from effuse.weights import Weights, WeightStore
 
@@ -53,13 +57,29 @@ class Editor:
     shared: dict[Any, fx.Node] = field(default_factory=dict)
 
     def call(self, target: Any, like: fx.Node, **named: Any) -> fx.Node:
-        """A call with arguments by name; what is not named is left out."""
+        """A call with arguments by name; what is not named is left out.
+
+        Raises:
+            BackendError: the op's kernel does not take them.
+        """
         names = [each.name for each in target._schema.arguments]
         args = [named.pop(name, DEFAULTS.get(name)) for name in names]
         if named:
             raise TypeError(f"{target} has no arguments {', '.join(named)}")
         node: fx.Node = emit(self.graph, target, *args, like=like)
+        self._try(node)
         return node
+
+    def _try(self, node: fx.Node) -> None:
+        row = BY_TARGET.get(node.target)
+        if row is None or row.native is None:
+            return
+        try:
+            with typing(self.graph):
+                row.native.launch(as_tuple(value_of(node)), *as_read(node))
+        except BackendError:
+            self.drop(node)
+            raise
 
     def changed(self, node: fx.Node, **named: Any) -> fx.Node:
         """The same call with some arguments replaced."""
