@@ -39,6 +39,7 @@ TILES = (  # from the largest
     Tile(64, 32, 128, 4, 4),
     Tile(64, 16, 128, 4, 4),
 )
+SHALLOW = 32  # the least depth that a product of int8 takes
 WASTE = 9 / 8  # columns computed over the fewest that tiles take
 
 
@@ -230,14 +231,16 @@ def _launch(given: dict[str, Any], y: Tensor) -> Launch:
 
 
 def choose_tile(rows: int, columns: int, depths: list[int]) -> Tile:
-    """The largest tile that wastes few columns and still fills a GPU, for the operands' depths."""
+    """The largest tile that wastes few columns and still fills a GPU, for the operands' depths.
+
+    Two operands' sums, and depths that are read byte by byte, need the registers of the largest.
+    """
+    depth = gcd(TILES[0].depth, *depths)
+    tiles = TILES if len(depths) == 1 and depth >= SHALLOW else TILES[1:]
     least = WASTE * cdiv(columns, TILES[-1].columns) * TILES[-1].columns
-    fitting = [tile for tile in TILES if cdiv(columns, tile.columns) * tile.columns <= least]
+    fitting = [tile for tile in tiles if cdiv(columns, tile.columns) * tile.columns <= least]
     filling = [tile for tile in fitting if programs(tile, rows, columns) >= FILL]
-    tile = (filling or fitting[-1:])[0]
-    most = 64 if len(depths) > 1 and tile == TILES[0] else tile.depth  # two sums fill registers
-    even = gcd(most, *depths)
-    return tile._replace(depth=even if even >= 32 else 64 if min(depths) > 32 else 32)
+    return (filling or fitting[-1:])[0]._replace(depth=max(depth, SHALLOW))
 
 
 def operand(

@@ -251,11 +251,11 @@ def test_the_border_is_the_value_zero(zero):
     [
         (2 * 128 * 128, 640, [640], (128, 128, 128)),
         (2 * 64 * 64, 320, [320], (128, 64, 64)),  # five blocks of 64 columns: none is wasted
-        (2 * 32 * 32, 1280, [1280, 640], (128, 128, 64)),  # two sums do not fit with 128
+        (2 * 32 * 32, 1280, [1280, 640], (128, 64, 128)),  # two sums need more registers
         (2 * 8 * 8, 1280, [1280], (64, 16, 128)),
         (2 * 64 * 64, 4, [320], (64, 16, 64)),
         (2 * 64 * 64, 320, [4], (128, 64, 32)),
-        (2 * 32 * 32, 640, [1280, 48], (128, 64, 64)),
+        (2 * 32 * 32, 640, [1280, 48], (128, 64, 32)),
     ],
 )
 def test_tiles_follow_the_shapes(rows, columns, depths, expected):
