@@ -240,7 +240,8 @@ def choose_tile(rows: int, columns: int, depths: list[int]) -> Tile:
     least = WASTE * cdiv(columns, TILES[-1].columns) * TILES[-1].columns
     fitting = [tile for tile in tiles if cdiv(columns, tile.columns) * tile.columns <= least]
     filling = [tile for tile in fitting if programs(tile, rows, columns) >= FILL]
-    return (filling or fitting[-1:])[0]._replace(depth=max(depth, SHALLOW))
+    tile = (filling or fitting[-1:])[0]
+    return tile._replace(depth=depth) if depth >= SHALLOW else tile._replace(depth=SHALLOW, warps=8)
 
 
 def operand(
