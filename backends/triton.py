@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch import fx
 
 from effuse.backends import reference
 from effuse.backends.reference import TorchArrays
@@ -32,6 +33,7 @@ from effuse.program import Program
 from effuse.runtime import Session
 from effuse.serial import graph_from_json
 from effuse.targets import GPUS
+from effuse.weights import Weights
 
 log = logging.getLogger(__name__)
 
@@ -143,15 +145,22 @@ def load_session(spec: ProgramSpec, folder: Path) -> Session:
     here = present()
     device = torch.device("cpu") if here is None else torch.device("cuda")
     launch = run_jit if here is None else launcher(folder, table, here)
-    graphs = json.loads((folder / "graphs.json").read_text(encoding="utf-8"))
+    stored = json.loads((folder / "graphs.json").read_text(encoding="utf-8"))
+    graphs = {part.name: graph_from_json(stored[part.name]) for part in spec.parts}
     weights = load_file(folder / "weights.safetensors", device=str(device))
+    return session(spec, graphs, weights, device, launch)
+
+
+def session(
+    spec: ProgramSpec, graphs: Mapping[str, fx.Graph], weights: Weights,
+    device: torch.device, launch: Callable[[Launch], None],
+) -> Session:  # fmt: skip
+    """A session over lowered graphs, whose kernels `launch` runs."""
+    swappable = factor_axes(spec.adapters)
     runs = {
-        part.name: PartRun(
-            graph_from_json(graphs[part.name]), weights, device, launch,
-            factor_axes(spec.adapters), graphs=here is not None,
-        )
-        for part in spec.parts
-    }  # fmt: skip
+        name: PartRun(graph, weights, device, launch, swappable, graphs=device.type == "cuda")
+        for name, graph in graphs.items()
+    }
     return Session(spec, runs, DeviceArrays(device))
 
 
