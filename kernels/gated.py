@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """Activations, gated ones too, and quantized.
 
     geglu, geglu_tanh, swiglu   v = x[:K] · act(x[K:])     as diffusers' GEGLU and SwiGLU

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """Quantize rows: smooth, scales found as they come, codes, and the down-projection beside them.
 
     v = x · smooth (rounded to x's dtype)    s = amax |v| / limit    q = nearest(v / s)

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """Layer norm or RMS norm of rows, modulated (adaLN), and quantized.
 
     layer  n = (x - mean x) / sqrt(var x + eps) · weight + bias        var is the biased one

@@ -146,9 +146,11 @@ def to_code(v, LIMIT: tl.constexpr):
 def to_e4m3(v):
     """v (float32, within ±448) as float8e4nv, to the nearest, ties to even."""
     if IN_INTERPRETER:  # it would lose what is carried into the exponent
-        binade = tl.maximum(v.to(tl.int32, bitcast=True) & 0x7F800000, 121 << 23)
+        bits = v.to(tl.int32, bitcast=True)
+        binade = tl.maximum(bits & 0x7F800000, 121 << 23)
         step = (binade - (3 << 23)).to(tl.float32, bitcast=True)
-        v = round_even(v / step) * step
+        rounded = (round_even(tl.abs(v) / step) * step).to(tl.int32, bitcast=True)
+        v = (rounded | (bits & -0x80000000)).to(tl.float32, bitcast=True)
     return v.to(tl.float8e4nv)
 
 
@@ -300,7 +302,7 @@ def launch_rows(
     limit, group = (0.0, 0) if how is None else (how.grid.high, how.group)
     rank = 0 if down is None else down.shape[0]
     tile = row_tile(rows, columns, rank, group, x.element_size())
-    own = {"down": down, "codes": codes, "scale": scale, "low": low}
+    own = {"down": down if rank else None, "codes": codes, "scale": scale, "low": low}
     sizes = {"rows": rows, "columns": columns, "rank": rank, "stride": stride}
     blocks = {"BM": tile.rows, "BK": tile.columns, "BR": tile.ranks}
     grid = (cdiv(rows, tile.rows), max(1, cdiv(rank, tile.ranks)))
@@ -358,5 +360,5 @@ def row_tile(rows: int, columns: int, rank: int, group: int, width: int) -> Tile
     wide = width == 2  # float32 has no exact tensor cores: its products are made in registers
     block = power_of_two(columns, max(16, group), max(group, 128 if wide else 32))
     ranks = power_of_two(rank, 16, (128 * 128 if wide else 1024) // block)
-    several = 32 if wide and rows >= 4096 and block <= 128 else 16
-    return Tile(several, block, ranks, 8 if several * block > 2048 else 4)
+    many = wide and rows >= 4096 and block <= 128 and rank <= 64
+    return Tile(32 if many else 16, block, ranks, 4)
