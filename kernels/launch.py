@@ -88,7 +88,7 @@ def power_of_two(size: int, least: int = 1, most: int = 1 << 30) -> int:
 
 def rows_of(tensor: Tensor) -> int:
     """How many rows of its last axis a tensor has."""
-    return tensor[..., 0].numel() if tensor.shape[-1] else 0
+    return tensor.numel() // tensor.shape[-1] if tensor.shape[-1] else 0
 
 
 def run_jit(launch: Launch) -> None:
