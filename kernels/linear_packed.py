@@ -137,17 +137,17 @@ def linear_packed_kernel(
     right = x + row[None, :] * depth + k[:, None]
     w_scale += column * groups
     if x.dtype.element_ty == tl.int8:
-        s = scale + row * (depth // X_GROUP) if X_GROUP else scale + row
-        total = int8_sums(left, right, w_scale, s, k, half, depth,
+        x_scale = scale + row * (depth // X_GROUP) if X_GROUP else scale
+        total = int8_sums(left, right, w_scale, x_scale, k, half, depth,
                           GROUP, X_GROUP, STEP, EVEN, STAGES, BM, BN, BK)  # fmt: skip
         if not GROUP:
             total *= tl.load(w_scale)[:, None]
         if not X_GROUP:
-            total *= tl.load(s)[None, :]
+            total *= tl.load(scale + m, mask=m < rows, other=0.0)[None, :]
     elif scale is not None:
         total = float_sums(left, right, w_scale, 1.0, k, half, depth, groups, tl.bfloat16,
                            GRID, SCALE, GROUP, EVEN, BM, BN, BK, GROUPS)  # fmt: skip
-        total *= tl.load(scale + row)[None, :]
+        total *= tl.load(scale + m, mask=m < rows, other=0.0)[None, :]
         if over is not None:
             total *= tl.load(over)
     else:
