@@ -256,7 +256,7 @@ def operand(
         for size in (image, shape)
     )  # fmt: skip
     channels = torch.rand(out, generator=generator) * 1e-3 + 1e-4
-    scale = torch.tensor([0.02])
+    scale = torch.rand(1, generator=generator) * 0.02 + 0.01
     if zero is None:
         return x, scale, None, weight, channels, None
     sums = weight.sum((1, 2, 3), dtype=torch.int32)

@@ -194,7 +194,7 @@ def test_sums_are_exact(geometry, zero, seed):
 
 @some
 @given(
-    geometries(), ZEROS, st.none() | st.integers(1, 40), st.sampled_from(FLOATS),
+    geometries(), ZEROS, st.none() | st.tuples(st.integers(1, 40), ZEROS), st.sampled_from(FLOATS),
     st.sampled_from(["", "silu", "gelu", "gelu_tanh"]), st.booleans(), st.booleans(), seeds,
 )  # fmt: skip
 def test_all_that_follows_the_sum(geometry, zero, second, dtype, activation, quantized, adds, seed):
@@ -203,7 +203,8 @@ def test_all_that_follows_the_sum(geometry, zero, second, dtype, activation, qua
     operand = conv_scaled.operand(g, image, filters, zero)
     other = conv_scaled.NOTHING
     if second is not None:
-        other = conv_scaled.operand(g, (image[0], second, *image[2:]), filters, zero)
+        depth, zero2 = second
+        other = conv_scaled.operand(g, (image[0], depth, *image[2:]), filters, zero2)
     bias = torch.randn(filters[0], generator=g) if adds else None
     codes = (
         (torch.tensor([0.03]), torch.tensor([-7], dtype=torch.int8)) if quantized else (None,) * 2
