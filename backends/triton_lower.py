@@ -6,7 +6,7 @@ are exact up to rounding: codes are those of the given program wherever its valu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -60,7 +60,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     # and their codes
     (
-        Rule("down", (ops.project.default,), producers.down),
+        Rule("down_float", (ops.project.default,), producers.down_float),
         Rule("producer", (ops.quantize_rows.default,), producers.quantized),
         Rule("requantize", (ops.quantize.default,), convs.recoded),
         Rule("producer", (ops.quantize.default,), convs.coded_norm),
@@ -76,8 +76,10 @@ class Lowered:
     logs: Mapping[str, Log]
 
 
-def lower(program: Program) -> Lowered:
+def lower(program: Program, stages: Sequence[Stage] = STAGES) -> Lowered:
     """The program with every part rewritten to fused ops; weights that only they read are repacked.
+
+    Fewer `stages` leave more to PyTorch: the first two lower low-bit layers, and fuse nothing.
 
     Raises:
         VerifyError: a defect of a rule.
@@ -88,15 +90,15 @@ def lower(program: Program) -> Lowered:
     for part in program.parts:
         edit = Editor(clone(part.graph)[0], weights, swappable, known=known)
         logs[part.name] = edit.log
-        parts.append(replace(part, graph=lowered(edit)))
+        parts.append(replace(part, graph=lowered(edit, stages)))
     result = prune_weights(replace(program, parts=tuple(parts), weights=weights))
     verify(result, ("lower",))
     return Lowered(result, logs)
 
 
-def lowered(edit: Editor) -> fx.Graph:
-    """The editor's graph by all stages, its operands laid out as kernels read them."""
-    for stage in STAGES:
+def lowered(edit: Editor, stages: Sequence[Stage]) -> fx.Graph:
+    """The editor's graph by the stages, its operands laid out as kernels read them."""
+    for stage in stages:
         apply(edit, stage)
     eliminate(edit.graph)
     graph, copies = laid_out(edit.graph, edit.weights)

@@ -1,4 +1,4 @@
-"""torch.compile sees into the fused ops: traced for a GPU, they become Triton kernels in its graph."""
+"""torch.compile sees into the fused ops: traced for a GPU, they become Triton kernels."""
 
 from __future__ import annotations
 
