@@ -37,7 +37,8 @@ FLAGS = {
 }
 CPUINFO = Path("/proc/cpuinfo")
 PLANNED_BACKENDS = ("tensorrt",)
-PLANNED_PASSES = ("cache", "skip", "prune", "smooth", "low_rank", "split_shortcut", "fuse")
+ELSEWHERE = {"triton": "simulated"}  # by PyTorch's operations, where there is no kernel
+PLANNED_PASSES = ("cache", "skip", "prune", "smooth", "low_rank", "split_shortcut")
 SELECTIONS = {  # the options that every pass has
     "include": "patterns over module paths: only there",
     "exclude": "patterns over module paths: not there",
@@ -248,7 +249,7 @@ def show_backends(console: Console) -> None:
     console.print(rows)
     ops = table("effuse op", *names, "as")
     for op in TABLE:
-        cells = [op.implementations.get(name, "simulated") for name in names]
+        cells = [op.implementations.get(name) or ELSEWHERE.get(name, "–") for name in names]
         ops.add_row(f"  {op.name}", *cells, escape(op.remark))
     console.print()
     console.print(ops)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ from effuse.config import Config
 from effuse.errors import ArtifactError, BackendError, ConfigError, InputError
 from effuse.kernels.launch import Launch, cdiv, jit, run_jit, tl
 from effuse.metrics import sqnr_db
-from effuse.passes import Hoist, LowRank, Quantize
+from effuse.passes import Hoist, Lora, LowRank, Quantize
+from effuse.plan import factor_axes
 from effuse.progress import phases
 from effuse.serial import graph_from_json
 
@@ -140,6 +142,25 @@ def test_the_report_counts_launches(w8a8, capsys):
     told = capsys.readouterr().out
     assert "Kernels (counted, not measured)" in told
     assert "kernels compiled for sm_90" in told
+
+
+def test_a_lora_is_swapped_into_lowered_layers():
+    """Factors of another rank, in graphs whose low-bit layers are fused around them."""
+    program = rewritten(Hoist(), Lora(max_rank=8), Quantize(BY_TOKEN))
+    generator = torch.Generator().manual_seed(5)
+    factors = {}
+    for name, (axis, _) in factor_axes(program.adapters).items():
+        shape = [4 if place == axis else size
+                 for place, size in enumerate(program.weights[name].shape)]  # fmt: skip
+        factors[name] = 0.2 * torch.randn(shape, generator=generator)
+    fused, plain = interpreted(program), reference.session(program)
+    before = call(fused)
+    fused.swap(factors)
+    with_lora = reference.session(replace(program, weights={**program.weights, **factors}))
+    assert sqnr_db(call(with_lora).numpy(), call(fused).numpy()) > 35
+    assert sqnr_db(call(plain).numpy(), call(fused).numpy()) < 25
+    fused.swap({})
+    assert torch.equal(call(fused), before)
 
 
 # where it cannot run
