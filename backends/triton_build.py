@@ -58,7 +58,8 @@ def launches(graph: fx.Graph) -> Iterator[tuple[fx.Node, Launch]]:
 
 def calls_of(graph: fx.Graph, target: str) -> tuple[list[Call], dict[str, Kernel]]:
     """The launches of a graph as they are kept, and the kernels that they need."""
-    found, kernels = [], {}
+    found: list[Call] = []
+    kernels: dict[str, Kernel] = {}
     for node, launch in launches(graph):
         kernel = specialize(launch)
         key = kernel.key(target)
@@ -74,7 +75,8 @@ def build_kernels(program: Program, gpu: Gpu, folder: Path, progress: Progress) 
     Raises:
         BackendError: a kernel does not compile, or needs more than the GPU has.
     """
-    parts, kernels = {}, {}
+    parts: dict[str, list[Call]] = {}
+    kernels: dict[str, Kernel] = {}
     for part in program.parts:
         parts[part.name], found = calls_of(part.graph, gpu.name)
         kernels |= found

@@ -101,7 +101,7 @@ def tensors(node: fx.Node) -> list[torch.Tensor]:
 
 def storage(tensor: torch.Tensor) -> int:
     """What tells whether two recorded tensors share memory."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def padded(tensor: torch.Tensor) -> int:

@@ -107,7 +107,7 @@ class Captured:
 
     def __init__(self, planned: Planned, values: Mapping[str, Any]) -> None:
         self._inputs = {name: value.clone() for name, value in values.items()}
-        stream = torch.cuda.Stream()
+        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.no_grad(), torch.cuda.stream(stream):
             planned(self._inputs)

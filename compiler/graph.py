@@ -224,7 +224,7 @@ def _run(node: fx.Node, env: Any, weights: Weights, values: Mapping[str, Any], c
     args = fx.map_arg(node.args, env.__getitem__)
     if node.op == "output":
         return args[0]
-    return call(node, args, fx.map_arg(node.kwargs, env.__getitem__))  # type: ignore[arg-type]
+    return call(node, args, fx.map_arg(node.kwargs, env.__getitem__))
 
 
 def record(graph: fx.Graph, weights: Weights, values: Mapping[str, Any]) -> None:

@@ -29,6 +29,12 @@ FP_FUSION = True  # a·b + c in one rounding: said, since Triton 3.10 will chang
 
 Launcher = Callable[..., "Launch | None"]
 
+__all__ = [
+    "FP_FUSION", "INTERPRETED", "IN_INTERPRETER", "Launch", "Launcher", "Native", "as_tuple",
+    "cdiv", "check", "constant", "contiguous", "define", "dot", "jit", "power_of_two", "rows_of",
+    "run_jit", "run_native", "run_traced", "tl", "triton",
+]  # fmt: skip
+
 
 def jit(function: Callable[..., Any]) -> Any:
     """`triton.jit`, or the function itself where Triton is not installed."""
@@ -147,7 +153,7 @@ def define(name: str, reference: Callable[..., Any], native: Native) -> Any:
             return run_native(native, *args, run=run_traced)
         return reference(*args)
 
-    op = torch.library.triton_op(f"effuse::{name}", compute, mutates_args=())
+    op: Any = torch.library.triton_op(f"effuse::{name}", compute, mutates_args=())
     op.register_fake(native.empty)
     return op._opoverload
 
