@@ -121,7 +121,7 @@ class Tile:
 
 @jit
 def round_even(v):
-    """The nearest integers, ties to even, of |v| < 2^22."""
+    """The nearest integers, ties to even, of |v| < 2^22; what is larger stays so."""
     return (v + ROUNDER) - ROUNDER
 
 

@@ -300,6 +300,12 @@ def test_ties_of_integers_go_to_the_even_code():
     assert torch.equal(codes, torch.round(x).to(torch.int8))
 
 
+def test_smoothed_values_are_rounded_to_even():
+    x, smooth = torch.arange(128, 256).bfloat16()[None], torch.full((128,), 1.5)
+    *_, low = run(quantize_rows, x, smooth, torch.eye(128).bfloat16(), "int8/token/dynamic")
+    assert torch.equal(low, (x.float() * 1.5).bfloat16())  # every second one is a tie
+
+
 def test_rows_of_zeros_and_of_tiny_values():
     x = torch.zeros(3, 48)
     x[1, 3], x[2] = 2.0**-140, 2.0**-119
