@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
@@ -21,6 +22,7 @@ from effuse.backends import reference, triton, triton_cuda
 from effuse.backends.triton_build import TABLE_FILE
 from effuse.backends.triton_kernels import specialize
 from effuse.backends.triton_lower import lower
+from effuse.cli_app import app
 from effuse.config import Config
 from effuse.errors import ArtifactError, BackendError, ConfigError, InputError
 from effuse.kernels.launch import Launch, cdiv, jit, run_jit, tl
@@ -240,6 +242,43 @@ def test_a_gpu_for_a_back_end_of_cpus():
 def test_other_shapes_than_those_it_was_built_for(w8a8):
     with pytest.raises(InputError, match=r"hidden_states: expected shape \(2, 4, 8, 8\), got"):
         w8a8(torch.zeros(2, 4, 16, 16), torch.tensor([500] * 2), torch.tensor([1, 2]))
+
+
+# the command line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "transformer"
+    network().save_pretrained(path)
+    return path
+
+
+def command(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_the_command_builds_for_a_gpu(folder, tmp_path):
+    goal = tmp_path / "dit.effuse"
+    said = command("compile", folder, "--timesteps", "900,500", "--backend", "triton",
+                   "--target", "sm_80", "-o", goal)  # fmt: skip
+    assert said.exit_code == 0, said.output
+    assert "kernels compiled for sm_80" in " ".join(said.stdout.split())
+    assert ".cubin" in said.stdout
+    assert json.loads((goal / TABLE_FILE).read_text())["target"] == "sm_80"
+
+
+def test_the_dry_run_names_the_files(folder):
+    said = command("compile", folder, "--backend", "triton", "--target", "sm_90", "--dry-run")
+    assert said.exit_code == 0, said.output
+    assert "a cubin for each kernel" in said.stdout
+    assert "sm_90" in said.stdout
+
+
+def test_the_command_says_which_targets_there_are(folder):
+    said = command("compile", folder, "--backend", "triton", "--target", "sm_70", "--dry-run")
+    assert said.exit_code == 1
+    assert "the nearest that works is sm_80" in " ".join(said.stderr.split())
 
 
 # launches as the driver takes them
