@@ -1,7 +1,9 @@
 """Convolutions and group norms as fused ops, on images in channels_last memory.
 
-conv2d_scaled       int8 codes · int8 weights, perhaps of two operands, and codes of the result
-group_norm_act      group norm, SiLU, and codes of the result
+    conv2d_scaled       int8 codes · int8 weights, perhaps of two operands, and codes of the result
+    group_norm_act      group norm, SiLU, and codes of the result
+
+Codes per tensor are known before a step runs; what finds its range at run time stays.
 """
 
 from __future__ import annotations
@@ -29,8 +31,6 @@ from effuse.backends.triton_match import (
     unwidened,
 )
 from effuse.graph import emit, value_of
-from effuse.kernels import conv_scaled as conv_scaled  # registers the ops
-from effuse.kernels import group_norm_act as group_norm_act
 from effuse.passes.quantize_writer import conv_options
 
 CONV, NORM = ops.conv2d_scaled.default, ops.group_norm_act.default

@@ -29,10 +29,6 @@ from effuse.backends.triton_match import (
     unwidened,
 )
 from effuse.graph import emit, value_of
-from effuse.kernels import conv_scaled as conv_scaled  # registers the op
-from effuse.kernels import linear_packed as linear_packed
-from effuse.kernels import linear_scaled as linear_scaled
-from effuse.kernels import low_rank as low_rank
 
 LINEARS = (ops.linear_scaled.default, ops.linear_packed.default)
 LAYERS = (*LINEARS, ops.conv2d_scaled.default)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from effuse.graph import emit, emit_weight, outputs, recorded, set_outputs, value_of
+from effuse.kernels import table as table  # registers the ops
 from effuse.weights import WeightStore
 
 aten, ops = torch.ops.aten, torch.ops.effuse
@@ -73,10 +74,11 @@ class Copier:
             self.copies += 1
 
 
-def laid_out(graph: fx.Graph, weights: WeightStore) -> tuple[fx.Graph, int]:
+def laid_out(graph: fx.Graph, weights: WeightStore, like: fx.Graph) -> tuple[fx.Graph, int]:
     """A copy of the graph with recorded values made anew, and how many copies it now makes.
 
-    Weights are stored dense, as files keep them; outputs that were contiguous stay so.
+    Weights are stored dense, as files keep them. Outputs are contiguous where those of the graph
+    `like` are, for which it stands.
     """
     new = Copier(weights)
     for node in graph.nodes:
@@ -84,8 +86,8 @@ def laid_out(graph: fx.Graph, weights: WeightStore) -> tuple[fx.Graph, int]:
             new.add(node)
     results = outputs(graph)
     new.read.clear()
-    for each in results:
-        if _contiguous(each):
+    for each, before in zip(results, outputs(like), strict=True):
+        if _contiguous(before):
             new.lay(each, DENSE)
     set_outputs(new.graph, map(new.of, results))
     return new.graph, new.copies

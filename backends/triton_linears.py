@@ -1,10 +1,11 @@
 """Low-bit layers as fused ops: what a linear layer's operands are, and which kernel takes them.
 
-static       quantize(x), int8 codes under one scale, and Σ_k w for its zero point
-rows         quantize_rows(x), a scale for each row or group of it; once for all its readers
-float        x as it is
-scaled       linear_scaled: codes · codes, both of 8 bits
-packed       linear_packed: 4-bit weights, unpacked in registers
+    static       quantize(x), int8 codes under one scale, and Σ_k w for its zero point
+    rows         quantize_rows(x), a scale for each row or group of it; once for all its readers
+    float        x as it is
+
+These meet the weights in linear_scaled, for codes of 8 bits both, or in linear_packed, which
+unpacks weights of 4 bits in registers.
 """
 
 from __future__ import annotations
@@ -27,10 +28,6 @@ from effuse.backends.triton_match import (
     unwidened,
 )
 from effuse.graph import emit, value_of
-from effuse.kernels import linear_packed as linear_packed  # registers the ops
-from effuse.kernels import linear_scaled as linear_scaled
-from effuse.kernels import low_bit as low_bit
-from effuse.kernels import quantize_rows as quantize_rows
 from effuse.kernels.low_bit import widen_reference
 from effuse.kernels.quantizers import parse_quantizer
 from effuse.kernels.rows import TAKEN

@@ -29,8 +29,10 @@ Stage = tuple[Rule, ...]
 
 ACTIVATIONS = (aten.gelu.default, aten.silu.default)
 STAGES: tuple[Stage, ...] = (
-    (Rule("plain_cast", (aten._to_copy.default, aten.type_as.default), plain_cast),),
-    (Rule("signed", (ops.quantize.default,), linears.signed),),
+    (
+        Rule("plain_cast", (aten._to_copy.default, aten.type_as.default), plain_cast),
+        Rule("signed", (ops.quantize.default,), linears.signed),
+    ),
     (
         Rule("linear", (aten.linear.default,), linears.linear),
         Rule("conv", (aten.conv2d.default,), convs.conv),
@@ -90,18 +92,18 @@ def lower(program: Program, stages: Sequence[Stage] = STAGES) -> Lowered:
     for part in program.parts:
         edit = Editor(clone(part.graph)[0], weights, swappable, known=known)
         logs[part.name] = edit.log
-        parts.append(replace(part, graph=lowered(edit, stages)))
+        parts.append(replace(part, graph=lowered(edit, stages, part.graph)))
     result = prune_weights(replace(program, parts=tuple(parts), weights=weights))
     verify(result, ("lower",))
     return Lowered(result, logs)
 
 
-def lowered(edit: Editor, stages: Sequence[Stage]) -> fx.Graph:
-    """The editor's graph by the stages, its operands laid out as kernels read them."""
+def lowered(edit: Editor, stages: Sequence[Stage], like: fx.Graph) -> fx.Graph:
+    """The editor's graph, a copy of `like`, by the stages; operands laid out for the kernels."""
     for stage in stages:
         apply(edit, stage)
     eliminate(edit.graph)
-    graph, copies = laid_out(edit.graph, edit.weights)
+    graph, copies = laid_out(edit.graph, edit.weights, like)
     if copies:
         edit.log.rewrites["copy"] += copies
     return graph

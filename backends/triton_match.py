@@ -118,7 +118,7 @@ class Editor:
 
     def drop(self, node: fx.Node) -> None:
         """Forget a value without readers, and those that only it read."""
-        if node.users or node.op in ("placeholder", "output"):
+        if node._erased or node.users or node.op in ("placeholder", "output"):
             return
         sources = node.all_input_nodes
         self.graph.erase_node(node)

@@ -2,9 +2,9 @@
 
     row_norm        norm(x) · (1 + scale) + shift
     gated           hidden · act(gate), or act(x)
-    … and, where only low-bit layers read the result, its codes, scales and D x beside them
 
-Each rule is exact, up to roundings in between that the fused op leaves out.
+Where only low-bit layers read the result, the op gives its codes and scales instead; and D x. Each
+rule is exact, up to roundings in between that the fused op leaves out.
 """
 
 from __future__ import annotations
@@ -35,9 +35,6 @@ from effuse.backends.triton_match import (
     unwidened,
 )
 from effuse.graph import emit, value_of
-from effuse.kernels import gated as gated  # registers the ops
-from effuse.kernels import quantize_rows as quantize_rows
-from effuse.kernels import row_norm as row_norm
 
 ROW_NORM, GATED, ROWS = ops.row_norm.default, ops.gated.default, ops.quantize_rows.default
 NORMS: dict[Any, str] = {aten.layer_norm.default: "layer", aten.rms_norm.default: "rms"}
@@ -215,32 +212,31 @@ def _piece(node: fx.Node) -> tuple[fx.Node, int, int] | None:
 
 
 def down(edit: Editor, node: fx.Node) -> Found:
-    """project(x, D) beside the codes of x, or behind a fused op -> D in that op: x is read once."""
-    x, matrix = given(node)
+    """project(x, D) beside the codes of x -> quantize_rows(x, D): x is read once."""
+    x = given(node)[0]
+    hosts = [each for each in x.users if is_call(each, ROWS) and given(each)[:2] == (x, None)]
+    return _projected(edit, node, hosts[0]) if hosts else None
+
+
+def down_float(edit: Editor, node: fx.Node) -> Found:
+    """project(x, D) behind a norm or a gate -> that op's own projection."""
+    x = given(node)[0]
+    for target in (ROW_NORM, GATED):
+        if _plain(x, target) is not None:
+            return _projected(edit, node, given(x)[0])
+    return None
+
+
+def _projected(edit: Editor, node: fx.Node, host: fx.Node) -> Found:
+    matrix = given(node)[1]
     if not is_stored(matrix) or matrix.target in edit.swappable:
         return None
-    host = _beside(x)
-    if host is None:
-        return None
     if arguments(host)["down"] is not None:
-        return "the codes have another branch already"
-    first = min(host, node)
-    with edit.graph.inserting_before(first):
+        return "the values have another branch already"
+    with edit.graph.inserting_before(min(host, node)):
         new = edit.changed(host, down=edit.again(matrix))
     edit.replace(host, new)
     return edit.item(new, 2)
-
-
-def _beside(x: fx.Node) -> fx.Node | None:
-    """The op that makes codes of `x`, or else that gives `x` and could project it; or None."""
-    for user in x.users:
-        if user.target is ROWS and user.args[0] is x and user.args[1] is None:
-            return user
-    if not is_call(x, operator.getitem) or x.args[1] != 0:
-        return None
-    source: Any = x.args[0]
-    plain = is_call(source, ROW_NORM, GATED) and not arguments(source)["quantizer"]
-    return source if plain else None
 
 
 def smooth(edit: Editor, node: fx.Node) -> Found:
