@@ -22,6 +22,7 @@ from effuse.kernels import (
     quantize,
     quantize_rows,
     quantize_static,
+    rotary,
     row_norm,
 )
 from effuse.kernels.op import Op, Sample
@@ -307,6 +308,7 @@ FUSED_OPS = (  # what the Triton back end lowers to
     quantize_rows.ROW,
     row_norm.ROW,
     gated.ROW,
+    rotary.ROW,
     linear_scaled.ROW,
     linear_packed.ROW,
     conv_scaled.ROW,

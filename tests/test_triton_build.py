@@ -90,6 +90,8 @@ def wanted():
         yield quantizer, "gated", (x, None, None, "geglu", quantizer)
     yield "heads", "row_norm", (empty(4096 * 24, 128, dtype=BF16), empty(128, dtype=BF16), None,
                                 None, None, None, 1e-6, "rms", 0.0, "")  # fmt: skip
+    yield "queries", "rotary", (empty(1, 4608, 24, 128, dtype=BF16), empty(4608, 128),
+                                empty(4608, 128), "interleaved", 1)  # fmt: skip
     for shape in ((2, 4, 320, 64, 3), (2, 320, 320, 64, 3), (2, 1280, 1280, 16, 3),
                   (2, 640, 320, 64, 1)):  # fmt: skip
         yield f"conv {shape}", "conv2d_scaled", convolution(*shape)
