@@ -8,6 +8,7 @@ network, and nothing is said about pictures.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -235,6 +236,7 @@ class Network:
         make: builds it, on the default device, in float32.
         inputs: makes inputs by forward's names, on the CPU.
         convolutions: whether it has some, which then want channels_last memory.
+        autotune: whether torch.compile's max-autotune can be done in a minute.
     """
 
     name: str
@@ -242,12 +244,12 @@ class Network:
     make: Callable[[], nn.Module]
     inputs: Callable[[], Inputs]
     convolutions: bool = False
+    autotune: bool = True
 
 
-def parameters(network: nn.Module) -> tuple[str, ...]:
+def parameters(kind: type[nn.Module]) -> tuple[str, ...]:
     """The names of forward's arguments."""
-    names = type(network).forward.__code__.co_varnames
-    return names[1 : type(network).forward.__code__.co_argcount]
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
 def randomized(network: nn.Module, seed: int = 0) -> nn.Module:

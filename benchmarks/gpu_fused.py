@@ -22,7 +22,6 @@ def fused(
     bench: Bench, known: Ceilings, rows: Any = ROWWISE, images: Any = IMAGES, convs: Any = CONVS
 ) -> Rows:
     """Fused operations against PyTorch's own, and int8 convolutions against cuDNN."""
-    device = bench.device
     makes = [
         *(lambda c=case: [rowwise(c, "cpu")] for case in rows),
         *(lambda c=case: group_norm(c, "cpu") for case in images),
