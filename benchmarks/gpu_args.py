@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from gpu_rows import Conv, Format, Image, Rowwise
+from gpu_rows import Conv, Format, Image, Rowwise, Turn
 from gpu_time import Call
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,6 +22,7 @@ from effuse.kernels import (
     linear_packed,
     linear_scaled,
     quantize_rows,
+    rotary,
     row_norm,
 )
 from effuse.kernels.launch import Launch, Native, as_tuple, run_native
@@ -112,6 +113,13 @@ def rowwise(case: Rowwise, device: Any) -> Work:
     scale, shift = (normal(device, 1, case.columns) if case.modulated else None for _ in range(2))
     args = (x, weight, None, scale, shift, None, 1e-6, case.kind, 1.0, case.quantizer)
     return row_norm.ROW.native, args
+
+
+def turn(case: Turn, device: Any) -> Work:
+    """A rotary embedding, angles as (tokens, head)."""
+    x = normal(device, 1, case.tokens, case.heads, case.head)
+    cos, sin = (torch.randn(case.tokens, case.head, device=device) for _ in range(2))
+    return rotary.ROW.native, (x, cos, sin, "interleaved", 1)
 
 
 def image(device: Any, n: int, c: int, side: int, codes: bool = False) -> Tensor:

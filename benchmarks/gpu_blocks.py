@@ -64,7 +64,7 @@ def _angles(place: Tensor, size: int) -> Tensor:
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (batch, heads, tokens, head), turned pair by pair."""
-    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+    real, imaginary = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)  # as diffusers has it
     turned = torch.stack([-imaginary, real], -1).flatten(3)
     return (x.float() * cos + turned.float() * sin).to(x.dtype)
 

@@ -29,6 +29,7 @@ from effuse.kernels import (
     linear_scaled,
     quantize_rows,
     quantize_static,
+    rotary,
     row_norm,
 )
 from effuse.kernels.launch import Native, as_tuple, run_jit
@@ -87,7 +88,7 @@ class Wrong(Exception):
 def cases(sizes: Sequence[Sizes] = REAL) -> Iterator[Case]:
     """All cases, their inputs drawn as they come."""
     for number, size in enumerate(sizes):
-        for made in (_scaled, _packed, _rows, _norms, _convolutions, _images):
+        for made in (_scaled, _packed, _rows, _norms, _turned, _convolutions, _images):
             for case in made(size):
                 yield case._replace(name=f"{case.name} at {_told(case, number)}")
 
@@ -187,6 +188,13 @@ def _norms(size: Sizes) -> Iterator[Case]:
         yield _case(f"gated {kind}", gated.ROW, (given, None, None, kind, ""), *float_)
         args = (given, None, down, kind, TOKEN)
         yield _case(f"gated {kind}, {TOKEN}", gated.ROW, args, *rounded)
+
+
+def _turned(size: Sizes) -> Iterator[Case]:
+    x, (cos, sin) = _float(1, size.m, 3, 64), torch.randn(2, size.m, 64).unbind()
+    for pairs in rotary.PAIRS:
+        args = (x.transpose(1, 2), cos, sin, pairs, 2)
+        yield _case(f"rotary {pairs}", rotary.ROW, args, RESOLUTION[BF16])
 
 
 def _convolutions(size: Sizes) -> Iterator[Case]:

@@ -9,50 +9,56 @@ from functools import partial
 from typing import Any
 
 import gpu_peers as peers
-from gpu_args import Work, convolution, group_norm, image, launches, ours, rowwise
+from gpu_args import Work, convolution, group_norm, image, launches, ours, rowwise, turn
 from gpu_kernels import Ceilings, Rows, rate, shares
-from gpu_rows import CONVS, IMAGES, ROWWISE
-from gpu_time import Bench, Make, ratio
+from gpu_rows import CONVS, IMAGES, ROWWISE, TURNS, Conv, Image, Rowwise, Turn
+from gpu_time import Bench, Call, ratio
 from torch import Tensor
 
 from effuse.kernels.launch import as_tuple
 
+CASES = (*ROWWISE, *TURNS, *IMAGES, *CONVS)
+UNFUSED = "PyTorch, unfused"
 
-def fused(
-    bench: Bench, known: Ceilings, rows: Any = ROWWISE, images: Any = IMAGES, convs: Any = CONVS
-) -> Rows:
+
+def fused(bench: Bench, known: Ceilings, cases: Any = CASES) -> Rows:
     """Fused operations against PyTorch's own, and int8 convolutions against cuDNN."""
-    makes = [
-        *(lambda c=case: [rowwise(c, "cpu")] for case in rows),
-        *(lambda c=case: group_norm(c, "cpu") for case in images),
-        *(lambda c=case: [convolution(c, "cpu")] for case in convs),
-    ]
-    bench.compile(launches(makes))
+    bench.compile(launches([partial(works_of, case, "cpu") for case in cases]))
     found: Rows = []
-    for case in bench.within((*rows, *images, *convs), "fused"):
-        if case in convs:
-            found += conv_rows(bench, known, case)
-        else:
-            found += moved_rows(bench, known, case, case in images)
+    for case in bench.within(cases, "fused"):
+        make = conv_rows if isinstance(case, Conv) else moved_rows
+        found += make(bench, known, case)
     return found
 
 
-def moved_rows(bench: Bench, known: Ceilings, case: Any, of_images: bool) -> Rows:
-    """A fused operation that moves bytes, and its chain."""
-    device = bench.device
-    if of_images:
-        works = group_norm(case, device)
+def works_of(case: Any, device: Any) -> tuple[Work, ...]:
+    """The kernels of a case."""
+    if isinstance(case, Image):
+        return group_norm(case, device)
+    makes = {Rowwise: rowwise, Turn: turn, Conv: convolution}
+    return (makes[type(case)](case, device),)
+
+
+def unfused_of(case: Any, device: Any) -> Call:
+    """What PyTorch runs in its place."""
+    if isinstance(case, Image):
         x = image(device, case.batch, case.channels, case.side)
-        unfused: Make = partial(peers.image_chain, case, x)
-    else:
-        works, unfused = (rowwise(case, device),), partial(peers.chain, case, device)
-    found = bench.measure({"effuse": lambda: ours(*works), "PyTorch, unfused": unfused})
+        return peers.image_chain(case, x)
+    return peers.turned(case, device) if isinstance(case, Turn) else peers.chain(case, device)
+
+
+def moved_rows(bench: Bench, known: Ceilings, case: Any) -> Rows:
+    """A fused operation that moves bytes, and its chain."""
+    works = works_of(case, bench.device)
+    found = bench.measure(
+        {"effuse": lambda: ours(*works), UNFUSED: partial(unfused_of, case, bench.device)}
+    )
     size = least_bytes(works[-1])
     rows = []
     for name, each in found.items():
         speed = {"gbs": size / each["ms"] / 1e6} if "ms" in each else {}
         share = {"share": speed["gbs"] / known["copy"]} if speed and known.get("copy") else {}
-        over = ratio(found["PyTorch, unfused"], each)
+        over = ratio(found[UNFUSED], each)
         rows.append({"name": f"{case.name}: {name}", "by": name, "bytes": size, **each, **speed,
                      **share, **({"over_unfused": over} if over else {})})  # fmt: skip
     return rows

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from gpu_args import BF16, e4m3_codes, int8_codes, normal, positive
-from gpu_rows import Conv, Image, Rowwise
+from gpu_blocks import rotated
+from gpu_rows import Conv, Image, Rowwise, Turn
 from gpu_time import Call
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -106,6 +107,13 @@ def chain(case: Rowwise, device: Any) -> Call:
         return n * (1 + scale) + shift if case.modulated else n
 
     return lambda: quantized(values(), case.quantizer) if case.quantizer else values()
+
+
+def turned(case: Turn, device: Any) -> Call:
+    """A rotary embedding as diffusers writes it, run eagerly."""
+    x = normal(device, 1, case.tokens, case.heads, case.head)
+    cos, sin = (torch.randn(case.tokens, 1, case.head, device=device) for _ in range(2))
+    return lambda: rotated(x, cos, sin)
 
 
 def image_chain(case: Image, x: Tensor) -> Call:

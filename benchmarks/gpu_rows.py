@@ -122,6 +122,18 @@ ROWWISE = (
 )
 
 
+class Turn(NamedTuple):
+    """A rotary embedding of (1, tokens, heads, head), pairs interleaved."""
+
+    name: str
+    tokens: int
+    heads: int
+    head: int
+
+
+TURNS = (Turn("rotary, FLUX", 4608, 24, 128),)
+
+
 class Image(NamedTuple):
     """A group norm with SiLU of images (batch, channels, side, side); int8 codes or not."""
 
