@@ -15,6 +15,7 @@ from effuse.backends import triton_convs as convs
 from effuse.backends import triton_fuse as fuse
 from effuse.backends import triton_linears as linears
 from effuse.backends import triton_producers as producers
+from effuse.backends import triton_rotary as rotary
 from effuse.backends.triton_layout import laid_out
 from effuse.backends.triton_match import Editor, Found, Rule, aten, ops, plain_cast
 from effuse.errors import BackendError
@@ -51,6 +52,11 @@ STAGES: tuple[Stage, ...] = (
         Rule("cast", (aten.to.dtype,), fuse.casted),
     ),
     (Rule("planes", fuse.LINEARS, fuse.planes),),
+    (
+        Rule("rotary", (aten.add.Tensor,), rotary.added),
+        Rule("rotary_pairs", rotary.JOINS, rotary.paired),
+        Rule("rotary_complex", rotary.MERGES, rotary.complexes),
+    ),
     # producers in float, which pay in every program
     (
         Rule("rms", (aten.mul.Tensor,), producers.rms),

@@ -191,9 +191,11 @@ def shape_of(node: fx.Node) -> tuple[str, ...]:
 
 
 def operands(node: fx.Node) -> tuple[tuple[fx.Node, fx.Node], ...]:
-    """Both orders of the operands of a commutative call of two values, if it is one."""
+    """Both orders of the operands of a commutative call of two different values, if it is one."""
     pair = given(node)
     if len(pair) != 2 or node.kwargs or not all(isinstance(each, fx.Node) for each in pair):
+        return ()
+    if pair[0] is pair[1]:
         return ()
     return (pair, pair[::-1])
 
