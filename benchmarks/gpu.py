@@ -224,10 +224,10 @@ def write(folder: Path, report: Mapping[str, Any]) -> None:
 
 
 def show(report: Mapping[str, Any]) -> None:
-    """Print the tables, the asked figures last where a terminal ends, and what they hold for."""
+    """Print the tables, the asked figures first, and what they hold for."""
     import gpu_show
 
-    for title, (columns, rows) in gpu_show.tables(report).items():
+    for title, (columns, rows) in gpu_show.printed(report).items():
         widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
         print(f"\n{title}")
         for row in (columns, *rows):

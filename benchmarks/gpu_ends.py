@@ -229,14 +229,20 @@ class Subject:
         return self.compiled(other, self.bytes // 2)
 
     def program(self, passes: Sequence[Pass]) -> Program:
-        """The network after the passes, which compute on the GPU, or else on the CPU."""
+        """The network after the passes, which compute on the GPU, or else on the CPU.
+
+        Raises:
+            OutOfTime: they take too long there.
+        """
         chosen, make = floats_kept(self.module, passes), self.network.make
         try:
-            return program_of(make, self.weights, self.inputs, chosen, self.device)
+            with bounded(self.limit):
+                return program_of(make, self.weights, self.inputs, chosen, self.device)
         except Exception as error:  # passes are made for the CPU, where they take longer
             self.bench.notes.append(f"{self.network.name}: passes ran on the CPU: {reason(error)}")
         weights = {name: each.cpu() for name, each in self.weights.items()}
-        return program_of(make, weights, self.inputs, chosen)
+        with bounded(self.limit):
+            return program_of(make, weights, self.inputs, chosen)
 
     def effuse(self, program: Program, folder: Path) -> Candidate:
         """effuse's own plan, from cubins; from Triton's JIT where they do not run, told so."""

@@ -13,7 +13,7 @@ Report = Mapping[str, Any]
 Row = Mapping[str, Any]
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 RANK = 32
-PEERS = ("cuBLAS bf16", "torch._scaled_mm fp8", "torch._int_mm int8")
+LONG = "linear layers"
 
 
 # ---- the asked figures ---------------------------------------------------------------------------
@@ -87,8 +87,15 @@ def tables(report: Report) -> dict[str, Table]:
     made: dict[str, Table] = {"asked and reached": bars(report)}
     for section, (title, make) in TABLES.items():
         if report.get(section):
+            if section == "kernels":
+                made["linear layers: medians over a network's layers"] = _medians(report[section])
             made[title] = make(report[section])
     return made
+
+
+def printed(report: Report) -> dict[str, Table]:
+    """The tables for a terminal: without the one of all linear layers, which has hundreds."""
+    return {title: each for title, each in tables(report).items() if title != LONG}
 
 
 def bars(report: Report) -> Table:
@@ -120,6 +127,27 @@ def _kernels(rows: Sequence[Row]) -> Table:
          number(row, "weight_bytes", "{:.1f}", 1e-6), row.get("error", ""))
         for row in rows
     ]  # fmt: skip
+
+
+def _medians(rows: Sequence[Row]) -> Table:
+    """Linear layers by network, number of rows, and what multiplies them."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(f"{row['network']} M={row['m']}: {row['by']}", []).append(row)
+    return ("network", "× bf16: median (range)", "share of ceiling", "failed"), [
+        (name, _spread(found, "over_bf16", "{:.2f}"), _spread(found, "share", "{:.0%}"),
+         str(sum("error" in row for row in found) or ""))
+        for name, found in groups.items()
+    ]  # fmt: skip
+
+
+def _spread(rows: Sequence[Row], key: str, text: str) -> str:
+    values = [row[key] for row in rows if key in row]
+    if not values:
+        return ""
+    found = (statistics.median(values), min(values), max(values))
+    middle, low, high = (text.format(each) for each in found)
+    return f"{middle} ({low} to {high})"
 
 
 def _branches(rows: Sequence[Row]) -> Table:
@@ -177,7 +205,7 @@ def _correct(rows: Sequence[Row]) -> Table:
 
 TABLES: Mapping[str, tuple[str, Callable[[Sequence[Row]], Table]]] = {
     "blocks": ("networks, end to end", _blocks),
-    "kernels": ("linear layers", _kernels),
+    "kernels": (LONG, _kernels),
     "branches": ("low-rank branches beside {quantize, linear}", _branches),
     "fused": ("fused operations and convolutions", _fused),
     "tune": ("tiles", _tune),

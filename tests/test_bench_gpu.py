@@ -352,7 +352,9 @@ def test_tables_hold_every_section_ratios_first(module):
     text = show.markdown(made_up())
     titles = [line[3:] for line in text.splitlines() if line.startswith("## ")]
     assert titles[:2] == ["asked and reached", "networks, end to end"]
-    assert len(titles) == 1 + len(rows.SECTIONS)
+    assert len(titles) == 2 + len(rows.SECTIONS)
+    assert set(show.tables(made_up())) - set(show.printed(made_up())) == {show.LONG}
+    assert "| FLUX M=4096: effuse fp8 | 1.20 (1.20 to 1.20) | 68% (60% to 75%) |  |" in text
     assert "torchao is not installed" in text and "made \\| up" not in text.splitlines()[0]
     assert "| 68% (60% to 75%) | in 1 of 2 |" in text and "a note" in text
     for columns, lines in show.tables(made_up()).values():
