@@ -170,7 +170,7 @@ def launch(
         args |= {f"{name}_batch": _batch_stride(table), f"{name}_position": table.stride(-2)}
         constants[f"{name.upper()}_STEP"] = table.stride(-1)
         constants[f"{name.upper()}_EACH"] = table.shape[-1] > half
-    tile, warps = _tile(positions, heads, half)
+    tile, warps = _tile(heads, half)
     grid = (cdiv(positions, tile["BM"]), cdiv(heads, tile["HEADS"]), x.shape[0])
     return Launch(rotary_kernel, grid, args, {**constants, **tile}, warps)
 
@@ -185,12 +185,12 @@ def _batch_stride(table: Tensor) -> int:
     return table.stride(0) if table.dim() == DIMS - 1 and table.shape[0] > 1 else 0
 
 
-def _tile(positions: int, heads: int, half: int) -> tuple[dict[str, int], int]:
+def _tile(heads: int, half: int) -> tuple[dict[str, int], int]:
     """How much a program takes, and its warps."""
     pairs = power_of_two(half)
-    rows = power_of_two(positions, most=max(1, VALUES // (2 * pairs)))
-    tile = {"BM": rows, "BH": pairs, "HEADS": power_of_two(heads, most=HEADS)}
-    return tile, max(4, pairs * rows * 2 // 512)
+    rows = max(1, VALUES // (2 * pairs))
+    tile = {"BM": rows, "BH": pairs, "HEADS": HEADS if heads >= HEADS else 1}
+    return tile, max(4, 2 * pairs * rows // 512)
 
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor, pairs: str, axis: int) -> None:
