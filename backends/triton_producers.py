@@ -200,7 +200,7 @@ def half_of(node: Any) -> tuple[fx.Node, int] | None:
 def _piece(node: fx.Node) -> tuple[fx.Node, int, int] | None:
     """A value, the axis along which `node` is cut out of it, and the place."""
     cut, *index = given(node)
-    if index and is_call(cut, *CUTS):
+    if is_call(cut, *CUTS) and len(value_of(cut)) == 2:
         return given(cut)[0], arguments(cut)["dim"], index[0]
     if not is_call(node, aten.slice.Tensor):
         return None
@@ -258,19 +258,24 @@ def quantized(edit: Editor, node: fx.Node) -> Found:
     x: Any = node.args[0]
     found = arguments(node)
     for target, read in ((ROW_NORM, _norm_before), (GATED, _gate_before)):
-        given = read(x)
-        if given is None:
+        before = read(x)
+        if before is None:
             continue
-        if not sole(x):
-            return "its input is needed in float too"
-        if given["down"] is not None and found["down"] is not None:
-            return "its input has another branch already"
-        joined = {name: found[name] if given.get(name) is None else given[name]
-                  for name in ("down", "smooth")}  # fmt: skip
-        if target is ROW_NORM and joined.pop("smooth") is not None:
-            return "a factor between a norm and its codes"
-        return edit.call(target, node, **{**given, **joined, "quantizer": found["quantizer"]})
+        if reason := _not_one(target, x, before, found):
+            return reason
+        own = {name: found[name] for name in ("down", "smooth") if found[name] is not None}
+        return edit.call(target, node, **{**before, **own, "quantizer": found["quantizer"]})
     return None
+
+
+def _not_one(target: Any, x: fx.Node, before: dict[str, Any], after: dict[str, Any]) -> str | None:
+    """Why an op and the codes of its result stay two ops, or None."""
+    if not sole(x):
+        return "its input is needed in float too"
+    if before["down"] is not None and (after["down"] or after["smooth"]) is not None:
+        return "its input has a branch of its own"
+    smoothed = target is ROW_NORM and after["smooth"] is not None
+    return "a factor between a norm and its codes" if smoothed else None
 
 
 def _norm_before(x: Any) -> dict[str, Any] | None:

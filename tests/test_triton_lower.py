@@ -450,7 +450,8 @@ def test_gates_that_no_kernel_has():
     def function(net, x):
         one, other = net.wide(x).chunk(2, -1)
         third = net.wide(x.flip(0)).chunk(2, 1)
-        return F.gelu(one) * other, third[0] * F.silu(third[0])
+        middle = net.wide(x).split([32, 64, 32], -1)[1]
+        return F.gelu(one) * other, third[0] * F.silu(third[0]), one * F.silu(middle)
 
     lowered = checked(program_of(function, shape=(2, 4, 64), wide=nn.Linear(64, 128)))
     assert not rewrites(lowered)
