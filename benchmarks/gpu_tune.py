@@ -55,12 +55,13 @@ def tune(
     """The best tile of each format at each layer."""
     cases = [(format, layer) for layer in layers for format in FORMATS]
     tiles = [Tile(*each) for each in tried]
-    makes = [lambda f=f, layer=layer: [random_linear(f, m, layer.columns, layer.depth, "cpu")]
-             for f, layer in cases]  # fmt: skip
-    for format, tile in ((format, tile) for format in FORMATS for tile in tiles):
-        with only(module_of(format), tile):
-            mine = [make for make, (f, _) in zip(makes, cases, strict=True) if f is format]
-            bench.compile(launches(mine))
+    found: list[Launch] = []
+    for tile in tiles:
+        for format, layer in cases:
+            with only(module_of(format), tile):
+                size = (m, layer.columns, layer.depth, "cpu")
+                found += launches([lambda f=format, s=size: [random_linear(f, *s)]])
+    bench.compile(found)
     return [tuned(bench, *case, m, tiles) for case in bench.within(cases, "tune")]
 
 
