@@ -360,5 +360,4 @@ def row_tile(rows: int, columns: int, rank: int, group: int, width: int) -> Tile
     wide = width == 2  # float32 has no exact tensor cores: its products are made in registers
     block = power_of_two(columns, max(16, group), max(group, 128 if wide else 32))
     ranks = power_of_two(rank, 16, (128 * 128 if wide else 1024) // block)
-    many = wide and rows >= 4096 and block <= 128 and rank <= 64
-    return Tile(32 if many else 16, block, ranks, 8 if block > 128 else 4)
+    return Tile(16, block, ranks, 8 if block > 128 else 4)
