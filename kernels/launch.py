@@ -8,13 +8,14 @@ calls; with TRITON_INTERPRET=1 in the environment, before the first import, they
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from effuse.errors import BackendError, require
 
@@ -145,17 +146,31 @@ def run_traced(launch: Launch) -> None:
 
 
 def define(name: str, reference: Callable[..., Any], native: Native) -> Any:
-    """Register `effuse::name`: its kernel on CUDA devices, else its reference; the overload."""
+    """Register `effuse::name`: its kernel on CUDA devices, else its reference; the overload.
+
+    For compilers that trace it is what `torch.library.triton_op` makes, whose call takes two
+    seconds because it imports Inductor: on CUDA devices they see the kernel in place of the op.
+    """
 
     @wraps(reference)
     def compute(*args: Any) -> Any:
-        if any(isinstance(each, Tensor) and each.device.type == "cuda" for each in args):
-            return run_native(native, *args, run=run_traced)
-        return reference(*args)
+        return run_native(native, *args) if on_cuda(args) else reference(*args)
 
-    op: Any = torch.library.triton_op(f"effuse::{name}", compute, mutates_args=())
+    def traced(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if kwargs or not on_cuda(args):
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        with mode:
+            return run_native(native, *args, run=run_traced)
+
+    op: Any = torch.library.custom_op(f"effuse::{name}", compute, mutates_args=())
     op.register_fake(native.empty)
+    op.register_torch_dispatch(FunctionalTensorMode, traced)
     return op._opoverload
+
+
+def on_cuda(args: Sequence[Any]) -> bool:
+    """Whether any of the arguments is on a CUDA device."""
+    return any(isinstance(each, Tensor) and each.device.type == "cuda" for each in args)
 
 
 def check(condition: bool, message: str) -> None:
