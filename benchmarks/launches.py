@@ -3,9 +3,9 @@
     python benchmarks/launches.py            # FLUX.1-dev's configuration, about five minutes
     python benchmarks/launches.py --smoke    # a narrow network: does everything run?
 
-A network of equal blocks costs a + b · (double blocks) + c · (single blocks): three shallow networks
-of full width give a, b and c, a fourth checks them, and the result is the configuration's own depth.
-Weights are random; nothing is measured, and no GPU is needed.
+A network of equal blocks costs a + b · (double blocks) + c · (single blocks): three shallow
+networks of full width give a, b and c, a fourth checks them, and the result is the configuration's
+own depth. Weights are random; nothing is measured, and no GPU is needed.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effuse.kernels.epilogue import ACTIVATIONS
+from effuse.kernels.activations import ACTIVATIONS
 from effuse.kernels.images import check_codes, check_innermost, check_vector, type_name
 from effuse.kernels.launch import check
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effuse.cost import FORMULAS, conv_flops
+from effuse.kernels.activations import ACTIVATIONS, activate
 from effuse.kernels.conv_checks import check_conv
-from effuse.kernels.epilogue import ACTIVATIONS, activate
 from effuse.kernels.images import quantize_one, to_int8, to_type, type_name
 from effuse.kernels.launch import Launch, Native, cdiv, check, define, dot, jit, tl
 from effuse.kernels.op import Op, Sample

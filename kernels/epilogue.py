@@ -10,23 +10,15 @@ M / B consecutive rows of y. residual: shaped as y. What is None is left out. Ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from effuse.kernels.activations import ACTIVATIONS, activate
 from effuse.kernels.launch import check, contiguous, dot, jit, power_of_two, tl
 from effuse.kernels.rows import narrow
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "": lambda x: x,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-}
 
 
 class Epilogue(NamedTuple):
@@ -153,18 +145,6 @@ def tail_constants(tail: Epilogue) -> dict[str, Any]:
         "PLANES": tail.parts > 1,
         "BR": 16 if tail.up is None else power_of_two(tail.up.shape[1], 16, widest),
     }
-
-
-@jit
-def activate(x, ACTIVATION: tl.constexpr):
-    """The activation of float32 x."""
-    if ACTIVATION == "gelu":
-        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":  # (1 + tanh u) / 2 is the sigmoid of 2u
-        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    elif ACTIVATION == "silu":
-        x = x * tl.sigmoid(x)
-    return x
 
 
 @jit

@@ -11,12 +11,11 @@ kernels/rows.py. Source: Shazeer, GLU variants improve transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from effuse.kernels.activations import ACTIVATIONS as KNOWN
+from effuse.kernels.activations import activate
 from effuse.kernels.launch import Launch, Native, check, define, jit, tl
 from effuse.kernels.op import Op, Sample
 from effuse.kernels.rows import (
@@ -31,11 +30,7 @@ from effuse.kernels.rows import (
     smoothed,
 )
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-}
+ACTIVATIONS = {name: function for name, function in KNOWN.items() if name}
 HALVES = {  # the activation, and which half it takes
     "geglu": ("gelu", 1),
     "geglu_tanh": ("gelu_tanh", 1),
@@ -63,16 +58,6 @@ def _activated(x: Tensor, kind: str) -> Tensor:
     name, half = HALVES[kind]
     halves = x.chunk(2, -1)
     return ACTIVATIONS[name](halves[half]) * halves[1 - half]
-
-
-@jit
-def activate(v, ACTIVATION: tl.constexpr):
-    """gelu, gelu_tanh or silu of v (float32)."""
-    if ACTIVATION == "gelu":
-        return 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
-    if ACTIVATION == "gelu_tanh":  # (1 + tanh u) / 2 is sigmoid(2 u)
-        return v * tl.sigmoid(1.5957691216057308 * (v + 0.044715 * v * v * v))
-    return v * tl.sigmoid(v)
 
 
 @jit
@@ -134,7 +119,7 @@ def launch(
 def _columns(x: Tensor, kind: str) -> int:
     """How many values a row of `x` becomes."""
     names = (*HALVES, *ACTIVATIONS)
-    check(kind in names, f"kind: expected one of {', '.join(names)}, got {kind!r}")
+    check(kind in names, f"kind: expected one of {sorted(names)}, got {kind!r}")
     columns = x.shape[-1]
     if kind in ACTIVATIONS:
         return columns

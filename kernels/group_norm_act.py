@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from effuse.kernels.epilogue import ACTIVATIONS, activate
+from effuse.kernels.activations import ACTIVATIONS, activate
 from effuse.kernels.images import check_codes, check_innermost, check_vector, quantize_one, to_int8
 from effuse.kernels.launch import Launch, Native, cdiv, check, define, jit, power_of_two, tl
 from effuse.kernels.op import Op, Sample

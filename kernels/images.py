@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """What kernels over images share: memory with the channels innermost, and codes under one scale.
 
 q = clamp(round(v / s) + z, -128, 127)        v rounded before to the type it would be kept in

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """effuse::quantize on a GPU: a known scale and zero point for the whole tensor.
 
     q = clamp(round(x / scale) + zero_point, qmin, qmax)

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """What ops over rows end in: values v (…, K) stored, or quantized by row or group, and projected.
 
     s = amax |v| / limit (1 for a row of zeros)    q = nearest(v / s)    low = v · downᵀ
