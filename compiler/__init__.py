@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from effuse.api import Compiled, compile, load
     from effuse.config import Config
+    from effuse.distillation import distill
     from effuse.errors import EffuseError
 
 __version__ = "0.1.0"
@@ -21,9 +22,10 @@ _HOMES = {
     "Compiled": "effuse.api",
     "Config": "effuse.config",
     "EffuseError": "effuse.errors",
+    "distill": "effuse.distillation",
 }
 
-__all__ = ["Compiled", "Config", "EffuseError", "__version__", "compile", "load"]
+__all__ = ["Compiled", "Config", "EffuseError", "__version__", "compile", "distill", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -44,6 +44,7 @@ def run_passes(
         VerifyError: a pass left the program wrong.
     """
     done: list[str] = []
+    captured = program
     verify(program)
     _dump(program, dump_to, 0, "capture")
     calibration: Calibration | None = None
@@ -54,7 +55,7 @@ def run_passes(
         if each.calibrates and calibrate is not None and stale:
             calibration, seen = calibrate(program), len(program.records)
         log = Log(fuel)
-        program = run_pass(program, each, Work(log, calibration, drive, progress), done)
+        program = run_pass(program, each, Work(log, calibration, drive, progress, captured), done)
         fuel = log.fuel
         done.append(each.name)
         _dump(program, dump_to, number, each.name)

@@ -7,6 +7,7 @@ from effuse.passes.auto_bits import AutoBits
 from effuse.passes.base import Pass
 from effuse.passes.cache import Cache
 from effuse.passes.canonicalize import Canonicalize
+from effuse.passes.distill import Distill
 from effuse.passes.guidance import Guidance
 from effuse.passes.hoist import Hoist
 from effuse.passes.lora import Lora
@@ -19,6 +20,7 @@ from effuse.passes.start_token import StartToken
 
 ORDER: tuple[type[Pass], ...] = (
     Canonicalize,  # first: later rules see one way to write a thing
+    Distill,  # behind what removes layers, while the rest is one graph with all its weights
     Hoist,  # before anything lossy: tables and prompt values stay exact
     StartToken,  # once it is settled where the prompt's layers are, before there are variants
     Cache,  # before calibration: bits are measured on the trajectory that the plan runs
@@ -52,6 +54,7 @@ __all__ = [
     "AutoBits",
     "Cache",
     "Canonicalize",
+    "Distill",
     "Guidance",
     "Hoist",
     "Lora",

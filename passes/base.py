@@ -17,13 +17,15 @@ from effuse.watch import Watch
 class Work:
     """What a pass is handed beside the program: its log, and calibration if it asked for it.
 
-    `drive(program, watch)` samples with a program as calibration does.
+    `drive(program, watch)` samples with a program as calibration does; `original` is the program as
+    it was captured.
     """
 
     log: Log = field(default_factory=Log)
     calibration: Calibration | None = None
     drive: Callable[[Program, Watch], None] | None = None
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    original: Program | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,361 @@
+"""`effuse.distill`: train a program, or a compiled network, to give what its teacher gives.
+
+The module is not called `distill`, as a function of that name would hide it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from effuse import artifact
+from effuse.api import Compiled, _open
+from effuse.arguments import bind, check_shapes, check_static, spread_timesteps
+from effuse.build import timesteps_of
+from effuse.calibrate import drive, nested
+from effuse.capture import capture
+from effuse.distill_data import Call, Listener, Pool, Source, Trajectories, sampler
+from effuse.distill_network import Network
+from effuse.distill_train import Entry, Progress, Quality, Recipe, Trained, notes, retrained, train
+from effuse.errors import ConfigError, InputError
+from effuse.graph import record
+from effuse.plan import Input, Role, to_json
+from effuse.program import Part, Program, Record, run_parts
+from effuse.progress import phases
+from effuse.serial import graph_from_json
+from effuse.verify import compare
+
+Teacher = nn.Module | Program | Compiled
+Data = Callable[[Any], None] | Iterable[Any] | None
+
+STEPS = 20  # of a trajectory, where the network was captured without a schedule
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What `distill` gives: the student with trained weights, and how it came about.
+
+    `before` and `after` are loss and SQNR (dB, of the outputs against the teacher's) on calls that
+    are kept aside; `history` holds one entry an update; `warning` says why the training stopped
+    early or was for nothing, and is empty otherwise. `features` are what was matched, beside the
+    outputs.
+    """
+
+    student: Any
+    history: tuple[Entry, ...]
+    before: Quality
+    after: Quality
+    features: tuple[str, ...]
+    warning: str
+
+
+def distill(
+    student: Program | Compiled,
+    teacher: Teacher,
+    data: Data = None,
+    *,
+    steps: int = 500,
+    rate: float = 1e-4,
+    batch: int = 1,
+    ema: float = 0.999,
+    weights: Mapping[str, float] | None = None,
+    seed: int = 0,
+    resume: str | Path | None = None,
+    device: str | torch.device | None = None,
+    schedule: Any = None,
+    progress: bool = True,
+) -> Distilled:
+    """Train `student` to give what `teacher` gives, as after pruning.
+
+    The loss is that of the task, where the data have targets, plus the outputs' squared difference,
+    plus the relative squared differences of what self-attentions give in both (METHODS 3.1, 3.4).
+
+    Args:
+        student: a Program, or what effuse.compile made for the back end "reference".
+        teacher: the network that the student was made from: a module in eval mode, a Program, or
+            a compiled network for "reference".
+        data: an iterable of input mappings, or of pairs (input mapping, target of the first
+            output); run(model), which samples with the model it is handed (the teacher); None: the
+            teacher's own trajectories from noise over the schedule, with its example prompts.
+            What is given or recorded is held in memory.
+        steps: updates.
+        rate: AdamW's, at its highest; it warms up, then falls as a cosine.
+        batch: calls of the network in an update; a call is as large as the network was captured.
+        ema: decay of the weights' moving average, which is given back.
+        weights: of the loss's parts `task`, `output`, `features`; 1 where not given.
+        seed: of noise and order.
+        resume: a folder for the state; a training that was killed goes on there, to the bit.
+        device: where to train; None: the CPU.
+        schedule: a diffusers scheduler, or timesteps, for the trajectories; None: the student's.
+        progress: whether to show a bar when standard error is a terminal.
+
+    Returns:
+        the student of the same kind with trained weights, and the history.
+
+    Raises:
+        ConfigError: an option is out of range, or the student cannot be trained.
+        InputError: the teacher takes or gives something else than the student, or data do not fit.
+        CalibrationError: there are no data, or the first loss is not finite.
+    """
+    recipe = Recipe(steps, rate, batch, ema, dict(weights or {}), seed=seed)
+    data = data if callable(data) or data is None else list(data)
+    mine = as_program(student, "student")
+    theirs = teacher_program(teacher, mine, data)
+    check_inputs(mine, theirs)
+    place = torch.device(device or "cpu")
+    taught = Network(theirs, place)
+    source = source_of(data, taught, schedule, seed)
+    example = source.probes()[0].values
+    networks = (Network(typed(mine, example), place), Network(typed(theirs, example), place))
+    with shown(progress) as show:
+        found = train(*networks, source, recipe, str(resume or ""), show)
+    return Distilled(
+        with_weights(student, mine, found, recipe), found.history, found.before, found.after,
+        found.matched.names, found.warning,
+    )  # fmt: skip
+
+
+@contextmanager
+def shown(progress: bool) -> Iterator[Progress]:
+    """A bar with the loss and the time that is left."""
+    with phases(progress) as show:
+        bars = show.bars
+        task = None if bars is None else bars.add_task("distill", total=None)
+
+        def tell(done: int, total: int, loss: float) -> None:
+            if bars is not None and task is not None:
+                bars.update(task, description=f"loss {loss:.3g}", completed=done, total=total)
+
+        yield tell
+
+
+# ---- programs ------------------------------------------------------------------------------------
+
+
+def as_program(network: Any, name: str) -> Program:
+    """The program of a student or teacher.
+
+    Raises:
+        ConfigError: it is neither a Program nor compiled for reference.
+    """
+    if isinstance(network, Program):
+        return network
+    if not isinstance(network, Compiled):
+        raise ConfigError(
+            f"{name}: expected a Program, or a network that effuse.compile made, came "
+            f"{type(network).__name__}; compile it with backend='reference' first"
+        )
+    if (backend := network.manifest["backend"]) != "reference":
+        raise ConfigError(
+            f"{name}: expected one compiled for 'reference', came one for {backend!r}, whose "
+            "weights cannot be trained; compile with backend='reference', distill, and compile "
+            "again, or put the pass Distill behind Prune"
+        )
+    return opened(network)
+
+
+def opened(compiled: Compiled) -> Program:
+    """The program in the artifact of a network compiled for reference."""
+    spec = compiled.session.spec
+    graphs = json.loads((compiled.folder / "graphs.json").read_text(encoding="utf-8"))
+    parts = tuple(
+        Part(part.name, part.depends, graph_from_json(graphs[part.name]), part.outputs)
+        for part in spec.parts
+    )
+    return Program(
+        spec.inputs, spec.parameters, spec.constants, spec.result, spec.outputs, parts,
+        load_file(compiled.folder / "weights.safetensors"), spec.plan, spec.timesteps,
+        spec.bounds, spec.steps, model=compiled.manifest["model"], adapters=spec.adapters,
+        max_rank=spec.max_rank,
+    )  # fmt: skip
+
+
+def teacher_program(teacher: Teacher, student: Program, data: Data) -> Program:
+    """The teacher's program; a module is captured with the student's examples, or given inputs.
+
+    Raises:
+        InputError: it does not take them.
+    """
+    if not isinstance(teacher, nn.Module):
+        return as_program(teacher, "teacher")
+    inputs = example_inputs(student, data) or derived(teacher, student)
+    roles = {item.label: item.role for item in student.inputs}
+    return capture(teacher, inputs, roles=roles)
+
+
+def example_inputs(student: Program, data: Data) -> dict[str, Any] | None:
+    """Arguments to capture a teacher with: the student's examples, or the first of the data."""
+    if student.examples:
+        flat = {item.path: student.examples[item.name] for item in student.inputs}
+        return nested(flat) | dict(student.constants)
+    if data is None or callable(data):
+        return None
+    return dict(_pair(next(iter(data), ({}, None)))[0]) or None
+
+
+def derived(teacher: nn.Module, student: Program) -> dict[str, Any]:
+    """Examples that follow from the teacher's config, as large as the student's inputs."""
+    from effuse.examples import derive_inputs
+
+    latent = next(item for item in student.inputs if item.role is Role.LATENT)
+    batch = latent.shape[0] if latent.shape and isinstance(latent.shape[0], int) else 2
+    time = None if student.timesteps is None else torch.tensor(student.timesteps[0])
+    return derive_inputs(teacher, batch=batch, timestep=time)
+
+
+def check_inputs(student: Program, teacher: Program) -> None:
+    """Refuse a teacher that takes other inputs.
+
+    Raises:
+        InputError: with both.
+    """
+    mine, theirs = ({each.label: _type(each) for each in program.inputs}
+                    for program in (student, teacher))  # fmt: skip
+    if mine != theirs:
+        told = [", ".join(f"{label} {each}" for label, each in found.items())
+                for found in (mine, theirs)]  # fmt: skip
+        raise InputError(
+            f"teacher: takes {told[1]}, the student {told[0]}; hand the network that the student "
+            "was made from, with inputs of the same shapes"
+        )
+
+
+def _type(item: Input) -> str:
+    sizes = ", ".join(str(size) for size in item.shape)
+    return f"{item.dtype}[{sizes}]"
+
+
+def typed(program: Program, values: Mapping[str, Tensor]) -> Program:
+    """The program with recorded values, which a graph from a file has not; for calls like this."""
+    part = program.part(program.plan.default)
+    if all("val" in node.meta for node in part.graph.nodes if node.op != "output"):
+        return program
+    with torch.no_grad():
+        env = run_parts(program, values)
+    record(part.graph, program.weights, {name: env[name] for name in part.inputs})
+    return program
+
+
+# ---- data ----------------------------------------------------------------------------------------
+
+
+def source_of(data: Data, teacher: Network, schedule: Any, seed: int) -> Source:
+    """The calls to train on.
+
+    Raises:
+        CalibrationError: there are none.
+        InputError: one does not fit the network, or there are no examples to sample with.
+    """
+    program = teacher.program
+    if callable(data):
+        listener = Listener()
+        drive(program, data, listener, seed=seed)
+        return Pool(listener.calls, seed)
+    if data is not None:
+        return Pool([call_of(program, each) for each in data], seed)
+    if not program.examples:
+        raise InputError(
+            "data: trajectories are sampled with the teacher's example inputs, and an artifact "
+            "holds none; hand the teacher as a module or a Program, or data=…"
+        )
+    times = schedule_times(program, schedule)
+    return Trajectories(teacher, times, sampler(schedule, times), seed)
+
+
+def schedule_times(program: Program, schedule: Any) -> Sequence[float]:
+    """The timesteps to sample over: the schedule's, the program's, or evenly spaced ones."""
+    given = timesteps_of(schedule)
+    if given is not None:
+        return [float(time) for time in given]
+    if program.timesteps is not None:
+        return program.timesteps
+    examples = [program.examples[i.name] for i in program.inputs if i.role is Role.TIMESTEP]
+    flow = bool(examples) and examples[0].is_floating_point() and bool((examples[0] <= 1).all())
+    even = torch.linspace(1, 1 / STEPS, STEPS) if flow else torch.linspace(999, 0, STEPS).round()
+    return [float(time) for time in even]
+
+
+def call_of(program: Program, given: Any) -> Call:
+    """Inputs as a person gives them, with or without a target, as the program takes them.
+
+    Raises:
+        InputError: they do not fit.
+    """
+    from effuse.backends.reference import TorchArrays
+
+    inputs, target = _pair(given)
+    spec, arrays = program.spec(), TorchArrays()
+    found = bind(spec, (), dict(inputs))
+    values = {item.name: arrays.take(found[item.name], item) for item in spec.inputs}
+    values |= spread_timesteps(spec, values)
+    check_shapes(spec, values)
+    check_static(spec, values)
+    return Call(values, None if target is None else torch.as_tensor(target))
+
+
+def _pair(given: Any) -> tuple[Mapping[str, Any], Any]:
+    """Inputs and target of one item of the data."""
+    inputs, target = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
+    if not isinstance(inputs, Mapping):
+        raise InputError(
+            f"data: expected input mappings, or pairs (input mapping, target), came "
+            f"{type(given).__name__}"
+        )
+    return inputs, target
+
+
+# ---- the result ----------------------------------------------------------------------------------
+
+
+def with_weights(
+    student: Program | Compiled, program: Program, found: Trained, recipe: Recipe
+) -> Program | Compiled:
+    """The student with trained weights and a record of the training."""
+    changed = retrained(program, found)
+    told = training_record(changed, found, recipe)
+    if isinstance(student, Program):
+        return replace(changed, records=(*changed.records, told))
+    return rebuilt(student, changed.weights, told, found)
+
+
+def training_record(program: Program, found: Trained, recipe: Recipe) -> Record:
+    """The training as the report tells it."""
+    error, ratio = compare(program) or (None, None)
+    return Record(
+        name="distill",
+        options=to_json({name: each for name, each in asdict(recipe).items()}),
+        exact=False,
+        rewrites={"train": len(found.weights)},
+        reasons={},
+        notes=tuple(notes(found)),
+        error=None if error is None else float(f"{error:.3g}"),
+        sqnr_db=None if ratio is None else round(ratio, 2),
+    )
+
+
+def rebuilt(
+    compiled: Compiled, weights: Mapping[str, Tensor], told: Record, found: Trained
+) -> Compiled:
+    """The artifact with other weights, in a temporary folder."""
+    holder = tempfile.TemporaryDirectory(prefix="effuse-")
+    folder = Path(holder.name)
+    for path in compiled.folder.iterdir():
+        shutil.copyfile(path, folder / path.name)
+    save_file(dict(weights), folder / "weights.safetensors")
+    manifest = {
+        **compiled.manifest,
+        "passes": [*compiled.manifest["passes"], to_json(told)],
+        "distilled": {"history": [asdict(each) for each in found.history]},
+    }
+    complete = artifact.finish(folder, manifest)
+    return Compiled(_open(complete, folder), complete, folder, compiled.seconds, holder)
