@@ -56,3 +56,5 @@ def _(
 
 FORMULAS[project._opoverload.overloadpacket] = matmul_flops
 FORMULAS[project_conv._opoverload.overloadpacket] = conv_flops
+
+BRANCH = (torch.ops.effuse.project.default, torch.ops.effuse.project_conv.default)

@@ -9,7 +9,8 @@ from torch import Tensor, fx
 
 from effuse.graph import emit, emit_weight
 from effuse.kernels import low_rank as low_rank  # registers the ops
-from effuse.passes.quantize_measure import BRANCH, with_branch
+from effuse.kernels.low_rank import BRANCH
+from effuse.passes.quantize_measure import with_branch
 from effuse.passes.quantize_writer import conv_options
 from effuse.weights import WeightStore
 

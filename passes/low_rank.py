@@ -22,11 +22,11 @@ from torch import Tensor, fx
 from effuse.errors import ConfigError, PassError
 from effuse.graph import calls, clone, eliminate, emit, emit_weight, module_path, substitute
 from effuse.kernels.formats import parse
+from effuse.kernels.low_rank import BRANCH
 from effuse.kernels.quantizers import Quantizer, round_trip
 from effuse.passes.base import Pass, Work
 from effuse.passes.branch import emit_down, emit_up
 from effuse.passes.low_rank_factors import Factors, decompose, metric_of
-from effuse.passes.quantize_measure import BRANCH
 from effuse.passes.quantize_sites import (
     SITES,
     Recipe,

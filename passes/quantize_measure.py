@@ -11,15 +11,13 @@ import torch
 from torch import fx
 
 from effuse.graph import clone, evaluate
-from effuse.kernels import low_rank as low_rank  # registers the ops
+from effuse.kernels.low_rank import BRANCH
 from effuse.metrics import CEILING_DB
 from effuse.passes.quantize_sites import Recipe
 from effuse.passes.quantize_writer import Writer
 from effuse.weights import Weights, WeightStore, copied
 
 aten = torch.ops.aten
-
-BRANCH = (torch.ops.effuse.project.default, torch.ops.effuse.project_conv.default)
 
 
 @dataclass

@@ -10,6 +10,7 @@ from torch import fx
 from effuse.errors import ConfigError
 from effuse.graph import calls, value_of
 from effuse.kernels.formats import Format
+from effuse.kernels.low_rank import BRANCH
 from effuse.kernels.quantizers import Quantizer, check_group
 from effuse.plan import Depends, Rate
 from effuse.program import Part, Program
@@ -19,6 +20,7 @@ from effuse.weights import Weights, peek
 aten = torch.ops.aten
 
 SITES = (aten.conv2d.default, aten.linear.default)
+LAYERS = (*SITES, *BRANCH)  # a path through a branch goes through a layer
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,8 @@ def first_layers(part: Part, program: Program) -> set[fx.Node]:
         if node.op == "placeholder" and node.target in given and depends[node] & Depends.LATENT:
             fresh.add(node)
         elif any(source in fresh for source in node.all_input_nodes):
-            (first if node.target in SITES else fresh).add(node)
-    return first
+            (first if node.target in LAYERS else fresh).add(node)
+    return first.intersection(calls(part.graph, *SITES))
 
 
 def last_layers(part: Part, program: Program) -> set[fx.Node]:
@@ -110,5 +112,5 @@ def last_layers(part: Part, program: Program) -> set[fx.Node]:
     last: set[fx.Node] = set()
     for node in reversed(part.graph.nodes):
         if node in results or any(user in open_nodes for user in node.users):
-            (last if node.target in SITES else open_nodes).add(node)
-    return last
+            (last if node.target in LAYERS else open_nodes).add(node)
+    return last.intersection(calls(part.graph, *SITES))

@@ -220,13 +220,19 @@ def test_on_smoothed_layers(net, tmp_path):
     assert error(on(result), on(merged)) < 4e-6
 
 
-@pytest.mark.parametrize("format", ["w8a8", "w4"])
-def test_on_quantized_layers(net, format, tmp_path):
+FEW_BITS = {
+    "w8a8": (Quantize("w8a8", activations="dynamic", min_sqnr_db=-99.0),),
+    "w4": (
+        SMOOTH,
+        LowRank(rank=4, format=W4, inputs=False, rounds=1, half=False),
+        Quantize(W4, min_sqnr_db=-99.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("passes", FEW_BITS.values(), ids=FEW_BITS)
+def test_on_quantized_layers(net, passes, tmp_path):
     """Back ends agree but for ties; what is added errs as the layers did before."""
-    passes: tuple = (Quantize("w8a8", min_sqnr_db=-99.0),)
-    if format == "w4":
-        branch = LowRank(rank=4, format=W4, inputs=False, rounds=1, half=False)
-        passes = (SMOOTH, branch, Quantize(W4, min_sqnr_db=-99.0))
     path, merged = lora(net, tmp_path / "style.safetensors", size=0.04, only=LINEAR)
     one, other = (compiled(net, Hoist(), *passes, Lora(), backend=each) for each in BACKENDS)
     base = error(on(one), on(net))
@@ -234,6 +240,31 @@ def test_on_quantized_layers(net, format, tmp_path):
         each.load_lora(path)
     assert error(on(one), on(other)) < 2e-3
     assert error(on(one), on(merged)) < 1.5 * base < error(on(merged), on(net))
+
+
+def test_calibrated_ranges_are_those_without_the_lora(net, tmp_path):
+    """A LoRA that moves the output by a seventh fits them, one that moves it by more is clipped."""
+    result = compiled(net, Hoist(), Quantize("w8a8", min_sqnr_db=-99.0), Lora())
+    base = error(on(result), on(net))
+    found = {}
+    for size in (0.01, 0.04):
+        path, merged = lora(net, tmp_path / f"{size}.safetensors", size=size, only=LINEAR)
+        name = result.load_lora(path)
+        found[size] = error(on(result), on(merged))
+        result.unload_lora(name)
+    assert found[0.01] < 1.5 * base < found[0.04] < 0.1 * error(on(merged), on(net))
+
+
+def test_slots_leave_alone_which_layers_are_quantized(net):
+    """The path through a slot of the last layer does not make last layers of all before it."""
+    plain, slotted = (
+        compiled(net, Hoist(), *each, Quantize("w8a8", min_sqnr_db=-99.0))
+        for each in ((), (Lora(),))
+    )
+    layers = [{row["name"]: row["reason"] for row in each.manifest["layers"]}
+              for each in (plain, slotted)]  # fmt: skip
+    assert layers[0] == layers[1]
+    assert list(layers[0].values()).count("last layer") == 1
 
 
 def test_both_variants_of_a_cache(net, tmp_path):
