@@ -29,7 +29,6 @@ from effuse.backends.triton_match import (
     ops,
     shape_of,
     sole,
-    uncast,
     unwidened,
 )
 from effuse.backends.triton_producers import half_of
@@ -63,7 +62,7 @@ def paired(edit: Editor, node: fx.Node) -> Found:
     join = joined(node)
     if join is None:
         return None
-    first, second = (uncast(each) for each in join[:2])
+    first, second = (_cast(each) for each in join[:2])
     turns = _turns(second, aten.add.Tensor)
     for x, pairs, cos, sin in _turns(first, aten.sub.Tensor):
         if (x, pairs, sin, cos) in turns:
@@ -90,11 +89,10 @@ def rotary(
     edit: Editor, node: fx.Node, x: fx.Node, pairs: str, tables: tuple[fx.Node, ...]
 ) -> Found:
     """The call that gives what `node` gives; `tables` are cos and sin, or both as one complex."""
-    found = {positions_of(each, x) for each in tables}
-    axis = found.pop()
+    axis, *more = (positions_of(each, x) for each in tables)
     if isinstance(axis, str):
         return axis
-    if found:
+    if any(each != axis for each in more):
         return "cosines and sines of different shapes"
     if not floats(x, node):
         return f"{value_of(x).dtype} in, and {value_of(node).dtype} out"
@@ -142,7 +140,8 @@ def positions_of(table: fx.Node, x: fx.Node) -> int | str:
         return 1
     if (first, second) == ("1", other):
         return 2
-    return "angles that vary over the heads" if first == size else "one angle for all positions"
+    alone = (first, second) == ("1", "1")
+    return "one angle for all positions" if alone else "angles that vary over the heads"
 
 
 def _by_position(edit: Editor, table: fx.Node, x: fx.Node, axis: int) -> fx.Node:
@@ -195,8 +194,8 @@ def _scattered(node: fx.Node) -> Join | None:
     """Two writes that are every second value each, and so all of them."""
     written: dict[int, Any] = {}
     for call in (node, given(node)[0]):
-        place = is_call(call, aten.slice_scatter.default) and every_second(call)
-        if place not in (0, 1) or place is False:
+        place = every_second(call) if is_call(call, aten.slice_scatter.default) else None
+        if place is None:
             return None
         source = arguments(call)["src"]
         written[place] = given(source)[1] if is_call(source, aten.copy.default) else source
@@ -218,12 +217,12 @@ def piece(node: Any) -> Piece | None:
 
 
 def every_second(node: fx.Node) -> int | None:
-    """Whether a slice takes every second value of an even last axis: from which on, or None."""
-    told = arguments(node)
-    size = value_of(given(node)[0]).shape[-1]
-    start, whole = told["start"] or 0, told["end"] is None or told["end"] >= size
-    fits = _last(given(node)[0], told["dim"]) and told["step"] == 2 and size % 2 == 0
-    return start if fits and whole and start in (0, 1) else None
+    """Which one of each pair a slice of an even last axis takes, from its start to its end."""
+    whole, told = given(node)[0], arguments(node)
+    start, size = told["start"] or 0, value_of(whole).shape[-1]
+    if not _last(whole, told["dim"]) or told["step"] != 2 or start not in (0, 1) or size % 2:
+        return None
+    return start if told["end"] is None or told["end"] >= size else None
 
 
 def split_of(node: Any, axis: int = -1) -> tuple[fx.Node, str] | None:
@@ -245,6 +244,11 @@ def _merges(node: fx.Node, split: fx.Node) -> bool:
 def _last(node: fx.Node, axis: int) -> bool:
     dims: int = value_of(node).dim()
     return axis % dims == dims - 1
+
+
+def _cast(node: Any) -> Any:
+    """What is cast to a float type, or `node` itself."""
+    return given(node)[0] if is_call(node, aten.to.dtype) and floats(node) else node
 
 
 def _factors(node: Any) -> tuple[tuple[fx.Node, fx.Node], ...]:
