@@ -28,7 +28,7 @@ PAIRS = ("interleaved", "halves")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 DIMS = 4  # of x
 WIDEST = 8192  # values of a head
-VALUES = 2048  # of a head that a program takes at once, where a row has fewer
+VALUES = 1024  # that a program takes of each head, or one row: 8 a thread, 16 bytes of a half type
 HEADS = 4  # that a program takes one after another
 
 
