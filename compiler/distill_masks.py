@@ -235,7 +235,7 @@ def accumulate(
     """
     pull = torch.stack([each.abs().mean() for each in logits]).mean()
     torch.autograd.backward(recipe.beta * pull)
-    total = recipe.beta * float(pull)
+    total = recipe.beta * float(pull.detach())
     for values, target in pairs:
         drawn = [torch.rand(each.shape, generator=random).to(each.device) for each in logits]
         scales = [hard_concrete(each, u) for each, u in zip(logits, drawn, strict=True)]

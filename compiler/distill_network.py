@@ -86,7 +86,8 @@ class Network:
         env[STEP_INPUT] = torch.tensor([self._index(values)], device=self.device)
         for part in self.parts:
             watch = observe if part.rate is Rate.STEP else None
-            given = evaluate(part.graph, {**self.weights, **(weights or {})}, env, watch)
+            stored = {**self.weights, **(weights or {})}
+            given = evaluate(part.graph, stored, env, watch, call_anywhere)
             env.update(zip(part.outputs, given, strict=True))
         return tuple(env[name] for name in self.program.outputs)
 
@@ -100,6 +101,12 @@ class Network:
                 "data: a timestep is not one of the schedule that the program holds tables for; "
                 "sample with that schedule, or train before Hoist"
             ) from None
+
+
+def call_anywhere(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a call gives; a view that another device's strides do not allow is a copy."""
+    target = aten.reshape.default if node.target is aten.view.default else node.target
+    return target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _moved(part: Part, device: torch.device) -> Part:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from effuse import artifact
-from effuse.api import Compiled, _open
+from effuse.api import Compiled
 from effuse.arguments import bind, check_shapes, check_static, spread_timesteps
 from effuse.build import timesteps_of
 from effuse.calibrate import drive, nested
@@ -51,7 +51,7 @@ class Distilled:
     outputs.
     """
 
-    student: Any
+    student: Program | Compiled
     history: tuple[Entry, ...]
     before: Quality
     after: Quality
@@ -114,7 +114,7 @@ def distill(
     check_inputs(mine, theirs)
     place = torch.device(device or "cpu")
     taught = Network(theirs, place)
-    source = source_of(data, taught, schedule, seed)
+    source = source_of(data, taught, schedule_times(mine, theirs, schedule), schedule, seed)
     example = source.probes()[0].values
     networks = (Network(typed(mine, example), place), Network(typed(theirs, example), place))
     with shown(progress) as show:
@@ -219,15 +219,22 @@ def check_inputs(student: Program, teacher: Program) -> None:
     Raises:
         InputError: with both.
     """
-    mine, theirs = ({each.label: _type(each) for each in program.inputs}
-                    for program in (student, teacher))  # fmt: skip
-    if mine != theirs:
-        told = [", ".join(f"{label} {each}" for label, each in found.items())
+    mine, theirs = ({each.label: each for each in program.inputs} for program in (student, teacher))
+    fits = mine.keys() == theirs.keys() and all(_fits(mine[n], theirs[n]) for n in mine)
+    if not fits:
+        told = [", ".join(f"{label} {_type(each)}" for label, each in found.items())
                 for found in (mine, theirs)]  # fmt: skip
         raise InputError(
             f"teacher: takes {told[1]}, the student {told[0]}; hand the network that the student "
             "was made from, with inputs of the same shapes"
         )
+
+
+def _fits(one: Input, other: Input) -> bool:
+    """Whether there are values for both; a size that is left open is none that differs."""
+    sizes = zip(one.shape, other.shape, strict=False)
+    same = all(a == b for a, b in sizes if isinstance(a, int) and isinstance(b, int))
+    return one.dtype == other.dtype and len(one.shape) == len(other.shape) and same
 
 
 def _type(item: Input) -> str:
@@ -249,7 +256,9 @@ def typed(program: Program, values: Mapping[str, Tensor]) -> Program:
 # ---- data ----------------------------------------------------------------------------------------
 
 
-def source_of(data: Data, teacher: Network, schedule: Any, seed: int) -> Source:
+def source_of(
+    data: Data, teacher: Network, times: Sequence[float], schedule: Any, seed: int
+) -> Source:
     """The calls to train on.
 
     Raises:
@@ -268,18 +277,18 @@ def source_of(data: Data, teacher: Network, schedule: Any, seed: int) -> Source:
             "data: trajectories are sampled with the teacher's example inputs, and an artifact "
             "holds none; hand the teacher as a module or a Program, or data=…"
         )
-    times = schedule_times(program, schedule)
     return Trajectories(teacher, times, sampler(schedule, times), seed)
 
 
-def schedule_times(program: Program, schedule: Any) -> Sequence[float]:
-    """The timesteps to sample over: the schedule's, the program's, or evenly spaced ones."""
+def schedule_times(student: Program, teacher: Program, schedule: Any) -> Sequence[float]:
+    """The timesteps to sample over: the schedule's, the programs', or evenly spaced ones."""
     given = timesteps_of(schedule)
     if given is not None:
         return [float(time) for time in given]
-    if program.timesteps is not None:
-        return program.timesteps
-    examples = [program.examples[i.name] for i in program.inputs if i.role is Role.TIMESTEP]
+    if known := student.timesteps or teacher.timesteps:
+        return known
+    inputs = [each for each in teacher.inputs if each.role is Role.TIMESTEP]
+    examples = [teacher.examples[each.name] for each in inputs if each.name in teacher.examples]
     flow = bool(examples) and examples[0].is_floating_point() and bool((examples[0] <= 1).all())
     even = torch.linspace(1, 1 / STEPS, STEPS) if flow else torch.linspace(999, 0, STEPS).round()
     return [float(time) for time in even]
@@ -358,4 +367,4 @@ def rebuilt(
         "distilled": {"history": [asdict(each) for each in found.history]},
     }
     complete = artifact.finish(folder, manifest)
-    return Compiled(_open(complete, folder), complete, folder, compiled.seconds, holder)
+    return Compiled(None, complete, folder, compiled.seconds, holder)

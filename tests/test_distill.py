@@ -195,6 +195,15 @@ def test_unlike_networks_share_no_features():
     assert match_features(network, network).names == ()
 
 
+def test_a_network_computes_on_its_device_alone():
+    """Shapes only, on the meta device, where a tensor left on the CPU would not do."""
+    whole = capture(Net().eval(), inputs(), timesteps=TIMES)
+    outputs, features = Network(whole, torch.device("meta"))(
+        inputs(), taps=match_features(Network(whole), Network(whole)).student
+    )
+    assert [each.device.type for each in (*outputs, *features.values())] == ["meta"] * 3
+
+
 # ---- the loss, the schedule, the average ---------------------------------------------------------
 
 
@@ -287,9 +296,22 @@ def test_only_weights_of_layers_change_and_the_student_given_stays():
 
 
 def test_the_teacher_may_be_a_module():
-    module = effuse.distill(pruned(), Net().eval(), data(), steps=3, progress=False)
-    program = effuse.distill(pruned(), teacher(), data(), steps=3, progress=False)
-    assert equal(dict(module.student.weights), dict(program.student.weights))
+    for feed in (data(4), None):
+        module, program = (
+            effuse.distill(pruned(), each, feed, steps=3, rate=1e-3, progress=False)
+            for each in (Net().eval(), teacher())
+        )
+        assert module.history == program.history
+        assert equal(dict(module.student.weights), dict(program.student.weights))
+
+
+def test_sizes_left_open_are_trained_at_those_of_the_data():
+    values = [{"sample": torch.randn(count, 4)} for count in (3, 1, 2)]
+    whole = capture(Plain().eval(), values[0], dynamic={"batch": (1, 8)})
+    student = remove(whole, "add_1")  # tanh is no layer, so the sum names the span
+    for wanted, feed in ((whole, values), (Plain().eval(), values[:1])):
+        found = effuse.distill(student, wanted, feed, steps=9, rate=1e-2, progress=False)
+        assert found.after.loss < found.before.loss
 
 
 def test_what_equals_its_teacher_stays_to_the_bit():
@@ -527,9 +549,9 @@ class Wide(Net):
 
 def test_a_teacher_of_other_shapes_names_both():
     with pytest.raises(InputError, match=r"shapes \[\(2, 6, 8\)\], the student of \[\(2, 6, 4\)\]"):
-        effuse.distill(pruned(), Wide().eval(), data(), progress=False)
-    other = capture(Net().eval(), inputs(batch=1), timesteps=TIMES)
-    with pytest.raises(InputError, match=r"float32\[1, 6, 4\].* the student .*float32\[2, 6, 4\]"):
+        effuse.distill(pruned(), Wide(blocks=1).eval(), data(2), progress=False)
+    other = capture(Plain().eval(), {"sample": torch.ones(1, 6, 4)})
+    with pytest.raises(InputError, match=r"float32\[1, 6, 4\], the student .*float32\[2, 6, 4\]"):
         effuse.distill(pruned(), other, data(), progress=False)
 
 
