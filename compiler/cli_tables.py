@@ -38,7 +38,7 @@ FLAGS = {
 CPUINFO = Path("/proc/cpuinfo")
 PLANNED_BACKENDS = ("tensorrt",)
 ELSEWHERE = {"triton": "simulated"}  # by PyTorch's operations, where there is no kernel
-PLANNED_PASSES = ("cache", "skip", "prune", "smooth", "low_rank", "split_shortcut")
+PLANNED_PASSES = ("cache", "skip", "smooth", "low_rank", "split_shortcut")
 SELECTIONS = {  # the options that every pass has
     "include": "patterns over module paths: only there",
     "exclude": "patterns over module paths: not there",

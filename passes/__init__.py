@@ -12,6 +12,7 @@ from effuse.passes.guidance import Guidance
 from effuse.passes.hoist import Hoist
 from effuse.passes.lora import Lora
 from effuse.passes.low_rank import LowRank
+from effuse.passes.prune import Prune
 from effuse.passes.quantize import Quantize
 from effuse.passes.skip import Skip
 from effuse.passes.smooth import Smooth
@@ -20,6 +21,7 @@ from effuse.passes.start_token import StartToken
 
 ORDER: tuple[type[Pass], ...] = (
     Canonicalize,  # first: later rules see one way to write a thing
+    Prune,  # on the whole network, before parts, variants and formats are made of its layers
     Distill,  # behind what removes layers, while the rest is one graph with all its weights
     Hoist,  # before anything lossy: tables and prompt values stay exact
     StartToken,  # once it is settled where the prompt's layers are, before there are variants
@@ -60,6 +62,7 @@ __all__ = [
     "Lora",
     "LowRank",
     "Pass",
+    "Prune",
     "Quantize",
     "Skip",
     "Smooth",
