@@ -20,10 +20,10 @@ from typing import Any
 from torch import fx
 
 from effuse.backends.triton_kernels import Kernel, specialize
+from effuse.backends.triton_plan import native_of
 from effuse.errors import BackendError
 from effuse.graph import calls, recorded, value_of
 from effuse.kernels.launch import Launch, as_tuple
-from effuse.kernels.table import BY_TARGET
 from effuse.program import Program
 from effuse.targets import Gpu
 
@@ -48,10 +48,10 @@ class Call:
 def launches(graph: fx.Graph) -> Iterator[tuple[fx.Node, Launch]]:
     """The launches of a graph, in order, by its recorded values."""
     for node in calls(graph):
-        row = BY_TARGET.get(node.target)
-        if row is None or row.native is None:
+        native = native_of(node)
+        if native is None:
             continue
-        launch = row.native.launch(as_tuple(value_of(node)), *recorded(node.args))
+        launch = native.launch(as_tuple(value_of(node)), *recorded(node.args))
         if launch is not None:
             yield node, launch
 

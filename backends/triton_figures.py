@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from effuse.backends.triton_lower import Lowered
-from effuse.backends.triton_plan import plan_arena, storage, tensors
+from effuse.backends.triton_plan import native_of, plan_arena, storage, tensors
 from effuse.cost import node_bytes
 from effuse.graph import calls
 from effuse.kernels.table import BY_TARGET
@@ -71,7 +71,7 @@ def part_figures(graph: fx.Graph) -> dict[str, Any]:
     for node in calls(graph):
         row = BY_TARGET.get(node.target)
         if row is not None:
-            (fallback if row.native is None else ours)[row.name] += 1
+            (fallback if native_of(node) is None else ours)[row.name] += 1
     return {
         **traffic(graph),
         "fused": dict(sorted(ours.items())),

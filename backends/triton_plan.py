@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from effuse.graph import calls, value_of
-from effuse.kernels.launch import as_tuple
+from effuse.errors import BackendError
+from effuse.graph import calls, recorded, value_of
+from effuse.kernels.launch import Native, as_tuple
 from effuse.kernels.table import BY_TARGET
 
 ALIGNMENT = 256  # bytes; kernels count on 16
@@ -64,14 +65,25 @@ def _lowest(size: int, taken: Iterable[tuple[int, int]]) -> int:
     return low
 
 
+def native_of(node: fx.Node) -> Native | None:
+    """The kernel that computes a call; None if there is none, or it refuses the recorded values."""
+    row = BY_TARGET.get(node.target)
+    if row is None or row.native is None:
+        return None
+    try:
+        row.native.launch(as_tuple(value_of(node)), *recorded(node.args))
+    except BackendError:
+        return None
+    return row.native
+
+
 def plan_arena(graph: fx.Graph) -> Arena:
     """Places for the results of the graph's kernels, by its recorded values."""
     order = {node: place for place, node in enumerate(graph.nodes)}
     ends = last_uses(graph, order)
     names, spans = [], []
     for node in calls(graph):
-        row = BY_TARGET.get(node.target)
-        if row is None or row.native is None:
+        if native_of(node) is None:
             continue
         for number, tensor in enumerate(as_tuple(value_of(node))):
             size = padded(tensor)

@@ -13,10 +13,9 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from effuse.backends.triton_plan import Arena, in_arena, plan_arena
+from effuse.backends.triton_plan import Arena, in_arena, native_of, plan_arena
 from effuse.graph import call_target, evaluate, record, value_of
 from effuse.kernels.launch import Launch, as_tuple
-from effuse.kernels.table import BY_TARGET
 from effuse.weights import Weights
 
 Launcher = Callable[[Launch], None]
@@ -75,6 +74,7 @@ class Planned:
     ) -> None:  # fmt: skip
         self._graph, self._weights, self._launch = graph, weights, launch
         memory = torch.empty(arena.bytes, dtype=torch.uint8, device=device)
+        self._natives = {node: native_of(node) for node in graph.nodes}
         self._results = {
             node: tuple(
                 in_arena(memory, arena.offsets[node.name, number], tensor)
@@ -83,7 +83,7 @@ class Planned:
                 for number, tensor in enumerate(as_tuple(value_of(node)))
             )
             for node in graph.nodes
-            if (row := BY_TARGET.get(node.target)) is not None and row.native is not None
+            if self._natives[node] is not None
         }
 
     def __call__(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -94,7 +94,7 @@ class Planned:
         if node not in self._results:
             return call_target(node, args, kwargs)
         results = self._results[node]
-        native = BY_TARGET[node.target].native
+        native = self._natives[node]
         assert native is not None
         launch = native.launch(results, *args)
         if launch is not None:

@@ -200,8 +200,8 @@ def launch(
     Raises:
         BackendError: the kernel cannot take the arguments.
     """
-    *tensors, weight, activation, parts, _ = rest
-    how, tail = parse_quantizer(weight), Epilogue(*tensors, activation, parts)
+    bias, low, up, gate, residual, weight, activation, parts, _ = rest
+    how, tail = parse_quantizer(weight), Epilogue(bias, low, up, gate, residual, activation, parts)
     rows, columns = prod(x.shape[:-1]), len(packed)
     check_weight(x, packed, w_scale, over, how)
     check_activations(x, scale, how)

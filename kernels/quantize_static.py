@@ -1,9 +1,9 @@
-"""effuse::quantize on a GPU: a known scale and zero point for the whole tensor.
+"""effuse::quantize and effuse::dequantize on a GPU: one known scale and zero point for a tensor.
 
-    q = clamp(round(x / scale) + zero_point, qmin, qmax)
+    q = clamp(round(x / scale) + zero_point, qmin, qmax)          x = (q - zero_point) · scale
 
 x of any shape, float; scale and zero_point have one element; q has zero_point's dtype, int8 or
-uint8. Arithmetic is float32, to the bit that of kernels/quantize.py, which has the reference.
+uint8. Arithmetic is float32, to the bit that of kernels/quantize.py, which has the references.
 """
 
 from __future__ import annotations
@@ -56,6 +56,43 @@ def launch(
     )
 
 
+@jit
+def dequantize_kernel(codes, scale, zero, x, elements, BLOCK: tl.constexpr):
+    """One program: BLOCK elements, in the order of memory."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    q = tl.load(codes + at, mask=at < elements, other=0).to(tl.int32)
+    v = (q - tl.load(zero).to(tl.int32)).to(tl.float32) * tl.load(scale)
+    tl.store(x + at, v, mask=at < elements)
+
+
+def empty_values(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    """The values, not filled."""
+    return torch.empty_like(q, dtype=scale.dtype)
+
+
+def launch_values(
+    results: tuple[Tensor, ...], q: Tensor, scale: Tensor, zero_point: Tensor, axis: int
+) -> Launch | None:
+    """What fills `results`.
+
+    Raises:
+        BackendError: scale or zero_point has several elements, values or codes are of other types,
+            or memory under q has gaps.
+    """
+    x = results[0]
+    _check(q, q, scale, zero_point)
+    _check_layout("q", x, q)
+    check(x.dtype == torch.float32, f"scale: expected float32, got {x.dtype}")
+    if not q.numel():
+        return None
+    return Launch(
+        dequantize_kernel,
+        (cdiv(q.numel(), BLOCK),),
+        {"codes": q, "scale": scale, "zero": zero_point, "x": x, "elements": q.numel()},
+        {"BLOCK": BLOCK},
+    )
+
+
 def _check(codes: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor) -> None:
     for name, tensor in (("scale", scale), ("zero_point", zero_point)):
         check(
@@ -67,11 +104,16 @@ def _check(codes: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor) -> None:
         codes.dtype in (torch.int8, torch.uint8),
         f"zero_point: expected int8 or uint8, got {codes.dtype}",
     )
+    _check_layout("x", codes, x)
+
+
+def _check_layout(name: str, result: Tensor, given: Tensor) -> None:
     check(
-        codes.stride() == x.stride(),  # torch keeps the strides of a tensor without gaps
-        f"x: expected memory without gaps, got shape {tuple(x.shape)} with strides {x.stride()}; "
-        f"call .contiguous() first",
+        result.stride() == given.stride(),  # torch keeps the strides of a tensor without gaps
+        f"{name}: expected memory without gaps, got shape {tuple(given.shape)} with strides "
+        f"{given.stride()}; call .contiguous() first",
     )
 
 
 NATIVE = Native(empty, launch)
+VALUES = Native(empty_values, launch_values)

@@ -203,8 +203,9 @@ GRAPH_OPS = (  # what passes write
         torch.ops.effuse.dequantize.default,
         quantize.dequantize_reference,
         _dequantize_samples,
-        {"reference": "simulated", "onnx": "native"},
+        {"reference": "simulated", "onnx": "native", "triton": "native"},
         "DequantizeLinear",
+        quantize_static.VALUES,
     ),
     Op(
         "linear_dynamic",

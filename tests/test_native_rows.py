@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from effuse.errors import BackendError
 from effuse.kernels import gated, quantize_rows, quantize_static, row_norm, rows
 from effuse.kernels.launch import run_native
-from effuse.kernels.quantize import quantize_reference
+from effuse.kernels.quantize import dequantize_reference, quantize_reference
 from effuse.kernels.quantizers import TINY
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # a sigmoid's end
@@ -345,6 +345,28 @@ def test_static_quantization_saturates_and_keeps_the_layout():
     got = run(quantize_static, x, scale, zero, 0)
     assert got.stride() == x.stride()
     assert torch.equal(got, quantize_reference(x, scale, zero, 0))
+
+
+@few
+@given(
+    st.sampled_from(((), (7,), (3, 5), (2, 3, 4, 5), (0, 4), (4099,))),
+    st.integers(0, 9),
+    st.sampled_from((torch.int8, torch.uint8)),
+)
+def test_static_dequantization_to_the_bit(shape, seed, code):
+    limits = torch.iinfo(code)
+    q = torch.randint(limits.min, limits.max + 1, shape, generator=generator(seed), dtype=code)
+    scale, zero = torch.tensor(0.03 + seed / 100), torch.tensor(17 * seed % 100, dtype=code)
+    images = q.contiguous(memory_format=torch.channels_last) if q.dim() == 4 else q
+    got = run_native(quantize_static.VALUES, images, scale, zero, 0)
+    assert got.stride() == images.stride()
+    assert torch.equal(got, dequantize_reference(q, scale, zero, 0))
+
+
+def test_a_scale_for_each_channel_is_left_to_pytorch():
+    vectors = (torch.ones(4), torch.zeros(4, dtype=torch.int8))
+    with pytest.raises(BackendError, match="scale: expected one element"):
+        run_native(quantize_static.VALUES, torch.zeros(4, 6, dtype=torch.int8), *vectors, 0)
 
 
 # what is refused
