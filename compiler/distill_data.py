@@ -22,6 +22,7 @@ from effuse.program import Program
 from effuse.watch import Watch
 
 PROBES = 4  # calls that quality is measured on before and after
+ENOUGH = 3 * PROBES  # calls of which so many are kept aside
 LINEAR_BETAS = (1e-4, 0.02, 1000)  # DDPM's, from, to, steps: where no scheduler says otherwise
 
 Step = Callable[[Tensor, Tensor, int], Tensor]  # latent, prediction, index of the step -> latent
@@ -58,6 +59,8 @@ def shuffled(count: int, seed: int, turn: int) -> list[int]:
 class Pool:
     """Calls that are at hand; each is taken once before any is taken again.
 
+    Of enough calls a few are kept aside, for quality; of fewer, quality is that on some of them.
+
     Raises:
         CalibrationError: there are none.
     """
@@ -68,7 +71,11 @@ class Pool:
                 "data yielded nothing: expected calls to train on; hand a non-empty iterable of "
                 "inputs, or a run(model) that samples with the model it is given"
             )
-        self.calls = tuple(calls)
+        count = min(PROBES, len(calls))
+        aside = {(2 * n + 1) * len(calls) // (2 * count) for n in range(count)}
+        self._probes = tuple(calls[index] for index in sorted(aside))
+        kept = [call for index, call in enumerate(calls) if index not in aside]
+        self.calls = tuple(kept if len(calls) >= ENOUGH else calls)
         self.seed = seed
         self._turn, self._order = 0, shuffled(len(self.calls), seed, 0)
 
@@ -80,14 +87,13 @@ class Pool:
         return self.calls[self._order[place]]
 
     def probes(self) -> Sequence[Call]:
-        """Calls evenly spread over the pool."""
-        count = min(PROBES, len(self.calls))
-        return [self.calls[(2 * n + 1) * len(self.calls) // (2 * count)] for n in range(count)]
+        """Calls evenly spread over what was given."""
+        return self._probes
 
     def key(self) -> str:
         """A hash of all values."""
         found = hashlib.sha256(repr(self.seed).encode())
-        for call in self.calls:
+        for call in (*self._probes, *self.calls):
             for name, value in sorted(call.values.items()):
                 found.update(name.encode() + _bytes(value))
             found.update(b"" if call.target is None else _bytes(call.target))

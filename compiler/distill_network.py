@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from effuse.errors import ConfigError, InputError
-from effuse.graph import Observer, calls, clone, evaluate, move
+from effuse.graph import Observer, calls, clone, evaluate, module_path, move
 from effuse.plan import STEP_INPUT, Rate
 from effuse.program import Part, Program, step_index, used_weights
 
@@ -34,14 +34,21 @@ WEIGHTS_OF: Mapping[Any, tuple[int, ...]] = {
 
 Taps = Mapping[str, str]  # node of the step's graph -> the feature that it gives
 Values = Mapping[str, Any]
+Wanted = Callable[[str], bool]  # whether a layer at this module path may change
 
 
 class Network:
-    """A program's graphs and weights on one device; called with values, it gives outputs."""
+    """A program's graphs and weights on one device; called with values, it gives outputs.
+
+    Args:
+        program: any; it stays as it is.
+        device: where to compute; None: where its weights are.
+    """
 
     def __init__(self, program: Program, device: torch.device | None = None) -> None:
-        self.device = device or torch.device("cpu")
-        if self.device.type != "cpu":
+        self.home = next((each.device for each in program.weights.values()), torch.device("cpu"))
+        self.device = device or self.home
+        if self.device != self.home:
             program = program.with_parts(*(_moved(part, self.device) for part in program.parts))
         self.program = program
         self.weights: dict[str, Tensor] = {
@@ -115,12 +122,13 @@ def _moved(part: Part, device: torch.device) -> Part:
     return replace(part, graph=graph)
 
 
-def trainable(network: Network) -> tuple[str, ...]:
+def trainable(network: Network, wanted: Wanted = lambda path: True) -> tuple[str, ...]:
     """The names of the floating-point weights of layers; tables and buffers stay as they are."""
     read = {
         str(weight.target)
         for part in network.parts
         for node in calls(part.graph, *WEIGHTS_OF)
+        if wanted(module_path(node))
         for weight in _weights_of(node)
     }
     return tuple(name for name in sorted(read) if network.weights[name].is_floating_point())
@@ -132,7 +140,7 @@ def _weights_of(node: fx.Node) -> Collection[fx.Node]:
     return [each for each in given if isinstance(each, fx.Node) and each.op == "get_attr"]
 
 
-def check_trainable(network: Network, what: str) -> None:
+def check_trainable(network: Network, what: str, wanted: Wanted = lambda path: True) -> None:
     """Refuse what gradients do not pass through, or would lose themselves in.
 
     Raises:
@@ -149,9 +157,12 @@ def check_trainable(network: Network, what: str) -> None:
             f"{what}: expected layers in floating point, came {', '.join(sorted(packed))}, which "
             "gradients do not pass; distill first, and quantize what it gives"
         )
-    names = trainable(network)
+    names = trainable(network, wanted)
     if not names:
-        raise ConfigError(f"{what}: no layer of it has a weight, so there is nothing to train")
+        raise ConfigError(
+            f"{what}: none of its layers that may be trained has a weight; let include and exclude "
+            "leave some, or train nothing"
+        )
     short = {network.weights[name].dtype for name in names} - set(TRAINED_DTYPES)
     if short:
         found = ", ".join(sorted(str(each).removeprefix("torch.") for each in short))

@@ -94,7 +94,11 @@ class Folder:
             )
 
     def write(self, state: State) -> None:
-        """Keep the state in place of the one before."""
+        """Keep the state in place of the one before.
+
+        Raises:
+            ConfigError: the folder cannot be written to.
+        """
         kept = {name: each.detach().cpu().contiguous() for name, each in state.tensors.items()}
         data = {"settings": dict(self.settings), "data": state.data}
         name = f"{hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]}.safetensors"
@@ -106,7 +110,13 @@ class Folder:
                 old.unlink()
 
     def _place(self, name: str, write: Callable[[Path], Any]) -> None:
-        with tempfile.TemporaryDirectory(prefix=".writing.", dir=self.path) as holder:
-            staged = Path(holder) / "file"
-            write(staged)
-            staged.replace(self.path / name)
+        try:
+            with tempfile.TemporaryDirectory(prefix=".writing.", dir=self.path) as holder:
+                staged = Path(holder) / "file"
+                write(staged)
+                staged.replace(self.path / name)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"resume: cannot write into {str(self.path)!r} ({error}); free some space and call "
+                "again: what was written before is whole"
+            ) from error

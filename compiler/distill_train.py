@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from effuse.distill_data import Call, Source
 from effuse.distill_loss import PARTS, Matched, feature_loss, match_features, output_loss
-from effuse.distill_network import Network, check_trainable, trainable
+from effuse.distill_network import Network, Wanted, check_trainable, trainable
 from effuse.distill_state import Folder, State
 from effuse.errors import CalibrationError, ConfigError, InputError, nearest
 from effuse.metrics import sqnr_db
@@ -133,6 +133,7 @@ def train(
     recipe: Recipe | None = None,
     resume: str = "",
     progress: Progress = lambda done, total, loss: None,
+    wanted: Wanted = lambda path: True,
 ) -> Trained:
     """Train the student's layers to give what the teacher gives.
 
@@ -143,6 +144,7 @@ def train(
         recipe: how; None: `Recipe()`.
         resume: a folder for the state; a training that was killed goes on there, to the bit.
         progress: called with done, total, loss.
+        wanted: of which layers, by their module paths.
 
     Raises:
         ConfigError: the student cannot be trained, or `resume` holds another training.
@@ -150,9 +152,9 @@ def train(
         CalibrationError: the first loss is not finite.
     """
     recipe = recipe or Recipe()
-    check_trainable(student, "student")
+    check_trainable(student, "student", wanted)
     with torch.enable_grad():  # passes run without
-        run = _Run(student, teacher, source, recipe)
+        run = _Run(student, teacher, source, recipe, wanted)
         before = run.quality(run.start)
         if not math.isfinite(before.loss):
             raise CalibrationError(
@@ -169,11 +171,13 @@ def train(
 class _Run:
     """One training under way."""
 
-    def __init__(self, student: Network, teacher: Network, source: Source, recipe: Recipe) -> None:
+    def __init__(
+        self, student: Network, teacher: Network, source: Source, recipe: Recipe, wanted: Wanted
+    ) -> None:
         self.student, self.teacher, self.source, self.recipe = student, teacher, source, recipe
         self.matched = match_features(student, teacher)
         self.probes = tuple(source.probes())
-        self.start = {name: student.weights[name].clone() for name in trainable(student)}
+        self.start = {name: student.weights[name].clone() for name in trainable(student, wanted)}
         self.weights = {n: torch.nn.Parameter(each.clone()) for n, each in self.start.items()}
         self.average = {name: each.clone() for name, each in self.start.items()}
         self.best = {name: each.clone() for name, each in self.start.items()}
@@ -220,10 +224,10 @@ class _Run:
         """All updates that are left; why it stopped early, or an empty string."""
         if folder is not None and (state := folder.read()) is not None:
             self.restore(state)
-        smooth = smoothed(self.history)
+        smooth = smoothed(self.history, before.loss)
         for step in range(len(self.history), self.recipe.steps):
             entry = self.gradients(step)
-            smooth = _next_smooth(smooth, entry.loss)
+            smooth = smoothed([entry], smooth)
             if problem := self.problem(entry, smooth, before):
                 return problem
             self.update(step, entry)
@@ -284,8 +288,6 @@ class _Run:
         """The average (of a training that diverged, its best), if it is better than the start."""
         found = self.best if warning else self.average
         after = self.quality(found)
-        if warning:
-            log.warning("distill: %s", warning)
         if after.loss < before.loss:
             return self.result(found, before, after, warning)
         why = warning or "the training made nothing better; the weights are as they came"
@@ -298,8 +300,10 @@ class _Run:
     def result(
         self, weights: Mapping[str, Tensor], before: Quality, after: Quality, warning: str
     ) -> Trained:
-        """What the training gives back, on the CPU."""
-        kept = {name: each.detach().cpu() for name, each in weights.items()}
+        """What the training gives back."""
+        if warning:
+            log.warning("distill: %s", warning)
+        kept = {name: each.detach().to(self.student.home) for name, each in weights.items()}
         return Trained(kept, tuple(self.history), before, after, self.matched, warning)
 
     # ---- the state ----
@@ -361,16 +365,12 @@ def retrained(program: Program, found: Trained) -> Program:
     return replace(program, weights=stored)
 
 
-def smoothed(history: Sequence[Entry]) -> float | None:
-    """The moving average of the losses; None where there are none."""
-    found: float | None = None
+def smoothed(history: Iterable[Entry], start: float) -> float:
+    """The moving average of the losses, from `start` on."""
+    found = start
     for each in history:
-        found = _next_smooth(found, each.loss)
+        found = SMOOTH * found + (1 - SMOOTH) * each.loss
     return found
-
-
-def _next_smooth(before: float | None, loss: float) -> float:
-    return loss if before is None else SMOOTH * before + (1 - SMOOTH) * loss
 
 
 def _flat(outputs: Sequence[Tensor]) -> Tensor:

@@ -95,7 +95,7 @@ def distill(
         weights: of the loss's parts `task`, `output`, `features`; 1 where not given.
         seed: of noise and order.
         resume: a folder for the state; a training that was killed goes on there, to the bit.
-        device: where to train; None: the CPU.
+        device: where to train; None: where the weights are.
         schedule: a diffusers scheduler, or timesteps, for the trajectories; None: the student's.
         progress: whether to show a bar when standard error is a terminal.
 
@@ -112,7 +112,7 @@ def distill(
     mine = as_program(student, "student")
     theirs = teacher_program(teacher, mine, data)
     check_inputs(mine, theirs)
-    place = torch.device(device or "cpu")
+    place = device_of(device)
     taught = Network(theirs, place)
     source = source_of(data, taught, schedule_times(mine, theirs, schedule), schedule, seed)
     example = source.probes()[0].values
@@ -123,6 +123,23 @@ def distill(
         with_weights(student, mine, found, recipe), found.history, found.before, found.after,
         found.matched.names, found.warning,
     )  # fmt: skip
+
+
+def device_of(device: str | torch.device | None) -> torch.device | None:
+    """The device of that name.
+
+    Raises:
+        ConfigError: it is not here.
+    """
+    if device is None:
+        return None
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"device: expected 'cpu' or a device that is here, came {str(device)!r} ({reason})"
+        ) from error
 
 
 @contextmanager

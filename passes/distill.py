@@ -20,7 +20,7 @@ class Distill(Pass):
         L = ‖ε_S - ε_T‖²  +  Σ_l ‖f_T - f_S‖² / ‖f_T‖²    f: what self-attentions give in both
 
     The calls are those of calibration, sampled by the captured network. `effuse.distill` is the
-    same, with more to say about data.
+    same, with more to say about data. `include` and `exclude` say which layers may change.
 
     Args:
         steps: updates of AdamW.
@@ -77,6 +77,7 @@ class Distill(Pass):
             Network(program), Network(work.original), Pool(listener.calls, self.seed),
             self.recipe(), self.resume,
             lambda done, total, loss: work.progress(self.name, done, total),
+            lambda path: self.unwanted(path) is None,
         )  # fmt: skip
         for note in notes(found):
             work.log.note(note)

@@ -259,12 +259,15 @@ def test_average_is_the_weights_moving_mean():
 
 
 @few
-@given(st.integers(1, 12), st.integers(0, 5))
+@given(st.integers(1, 20), st.integers(0, 5))
 def test_a_pool_gives_every_call_once_a_turn(count, seed):
     source = Pool([Call({"x": torch.tensor(n)}) for n in range(count)], seed)
-    turns = [[int(source.at(turn * count + n).values["x"]) for n in range(count)]
+    probes = [int(each.values["x"]) for each in source.probes()]
+    assert len(set(probes)) == min(count, 4)
+    taken = set(range(count)) - set(probes if count >= 12 else ())
+    turns = [[int(source.at(turn * len(taken) + n).values["x"]) for n in range(len(taken))]
              for turn in (0, 1, 2, 1)]  # fmt: skip
-    assert all(sorted(turn) == list(range(count)) for turn in turns)
+    assert all(len(turn) == len(taken) and set(turn) == taken for turn in turns)
     assert turns[1] == turns[3]
 
 
@@ -489,7 +492,9 @@ def test_a_loss_that_explodes_leaves_the_last_good_average(caplog):
     found = recovered(steps=400, rate=50.0, warmup=0.99)
     assert "diverged at step" in found.warning and "lower rate than 50" in found.warning
     assert found.warning in caplog.text
-    assert len(found.history) < 400 and smoothed(found.history) > 0
+    assert (
+        len(found.history) < 400 and smoothed(found.history, found.before.loss) > found.before.loss
+    )
     assert found.after.loss <= found.before.loss and good.after.loss < good.before.loss
     assert all(each.isfinite().all() for each in found.weights.values())
 
@@ -497,9 +502,8 @@ def test_a_loss_that_explodes_leaves_the_last_good_average(caplog):
 def test_nan_in_the_middle_leaves_the_last_good_average():
     """A call that is NaN and comes late: what was learned before it is kept."""
     source = pool(40)
-    order = [source.at(number) for number in range(40)]
-    probed = {id(call) for call in source.probes()}
-    late = next(n for n in range(25, 40) if id(order[n]) not in probed)
+    order = [source.at(number) for number in range(36)]
+    late = 27
     bad = {**order[late].values, "sample": torch.full((2, 6, 4), math.nan)}
     source.calls = tuple(Call(bad) if each is order[late] else each for each in source.calls)
     recipe = Recipe(steps=40, rate=3e-3)
@@ -574,6 +578,12 @@ def test_students_that_cannot_be_trained():
         effuse.distill(Net().eval(), teacher(), data(), progress=False)
     values = {"sample": torch.ones(2, 4, dtype=torch.bfloat16)}
     short = capture(Plain().eval().bfloat16(), values)
+    quantized = run_passes(capture(Plain().eval(), {"sample": torch.ones(2, 4)}),
+                           (Quantize("w8a8", activations="dynamic", edges=True),))  # fmt: skip
+    with pytest.raises(ConfigError, match="distill first, and quantize what it gives"):
+        effuse.distill(quantized, quantized, [{"sample": torch.ones(2, 4)}], progress=False)
+    with pytest.raises(ConfigError, match=r"device: expected 'cpu' or .*, came 'xpu:99'"):
+        effuse.distill(pruned(), teacher(), data(), device="xpu:99", progress=False)
     with pytest.raises(ConfigError, match="float32, came bfloat16"):
         effuse.distill(short, short, [values], progress=False)
     made = compiled()
@@ -681,6 +691,17 @@ def test_the_pass_alone_is_refused():
         run_passes(teacher(), (Removal(), Distill()))
     with pytest.raises(ConfigError, match="steps=0: at least 1"):
         Distill(steps=0)
+
+
+def test_the_pass_changes_layers_that_are_wanted():
+    made = rewritten(
+        Removal(), Distill(steps=3, rate=1e-3, include=("blocks.*",), exclude=("*.q",))
+    )
+    changed = {n for n, each in pruned().weights.items() if not torch.equal(each, made.weights[n])}
+    assert "blocks.0.k.weight" in changed and "blocks.0.q.weight" not in changed
+    assert all(name.startswith("blocks.") for name in changed)
+    with pytest.raises(ConfigError, match="let include and exclude leave some"):
+        rewritten(Removal(), Distill(include=("nowhere",)))
 
 
 def test_without_fuel_the_pass_leaves_the_weights():
