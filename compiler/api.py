@@ -52,7 +52,9 @@ class Compiled:
 
     @property
     def session(self) -> Session:
-        """What runs the program; of a streamed build it is opened when it is first asked for."""
+        """What runs the program; of a streamed build, and of one for a GPU that is not here, it is
+        opened when it is first asked for.
+        """
         if self._session is None:
             self._session = _open(self.manifest, self.folder)
         return self._session
@@ -113,7 +115,7 @@ class Compiled:
     @property
     def plan(self) -> str:
         """The plan, one line a step: variant, slots filled and read."""
-        spec = self.session.spec
+        spec = spec_from_json(self.manifest["program"])
         return "\n".join(Plan.lines(spec.plan, spec.timesteps or ()))
 
     @property
@@ -224,6 +226,8 @@ def load(
 ) -> Compiled:
     """Load an artifact; an ONNX one needs numpy and onnxruntime only.
 
+    One for a GPU loads without one too, for its report and plan; a call then says what is missing.
+
     Args:
         path: the folder or zip.
         threads: for one operator in onnxruntime; 0 lets it choose.
@@ -233,8 +237,20 @@ def load(
         ArtifactError: the artifact is damaged, unsafe, or newer than this effuse.
     """
     opened = artifact.Opened(path)
-    session = _open(opened.manifest, opened.folder, threads, tuple(providers), str(path))
-    return Compiled(session, opened.manifest, opened.folder, keep=opened)
+    manifest, folder = opened.manifest, opened.folder
+    here = not _elsewhere(manifest)
+    session = _open(manifest, folder, threads, tuple(providers), str(path)) if here else None
+    return Compiled(session, manifest, folder, keep=opened)
+
+
+def _elsewhere(manifest: Mapping[str, Any]) -> bool:
+    """Whether it is built for a GPU and none is here: then it can be read, but not run."""
+    if manifest.get("backend") != "triton":
+        return False
+    require("torch")
+    from effuse.backends import triton
+
+    return triton.absent(manifest.get("target")) is not None
 
 
 def _open(

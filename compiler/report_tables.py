@@ -51,7 +51,9 @@ def facts(manifest: Manifest, seconds: Mapping[str, float]) -> list[str]:
     if manifest.get("fallback"):
         lines.append(f"fell back from the faster back end: {manifest['fallback']}")
     if parity.get("sqnr_db") is not None:
-        lines.append(f"agrees with reference {to_decibels(parity['sqnr_db'])} on the examples")
+        agrees = f"agrees with reference {to_decibels(parity['sqnr_db'])} on the examples"
+        lowered = "as it was lowered, and before any kernel has run, it "
+        lines.append(f"{lowered if manifest.get('absent') else ''}{agrees}")
     if manifest.get("absent"):
         lines.append(f"not run here: {manifest['absent']}")
     if kernels := manifest.get("kernels"):

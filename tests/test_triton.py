@@ -176,8 +176,11 @@ def test_without_a_gpu_the_build_is_whole_and_says_that_it_was_not_run(monkeypat
     with pytest.raises(BackendError, match=r"no CUDA GPU is here.*TRITON_INTERPRET=1"):
         call(found)
     found.save(tmp_path / "dit")
+    loaded = effuse.load(tmp_path / "dit")
+    assert loaded.plan.count("full") == 1
+    loaded.report.to_html(tmp_path / "report.html")
     with pytest.raises(BackendError, match="no CUDA GPU is here"):
-        effuse.load(tmp_path / "dit")
+        call(loaded)
 
 
 BUILT_FOR = {("sm_90", "sm_90"): True, ("sm_80", "sm_86"): True, ("sm_86", "sm_80"): False,
