@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
+TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist loadfile
 export PYTHONSAFEPATH := 1
 
 .PHONY: demo test test-wheel setup clean
@@ -13,14 +15,14 @@ test: setup  ## lint, types and tests
 	$(BIN)/ruff format --check .
 	$(BIN)/python .ci/typing_tree.py
 	$(BIN)/mypy
-	$(BIN)/pytest -q
+	$(TESTS)
 
 test-wheel: setup  ## the same tests on the built wheel
 	rm -rf build/lib dist
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist . > /dev/null
 	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall dist/*.whl
 	$(BIN)/python -c 'import effuse; print("testing", effuse.__file__)'
-	$(BIN)/pytest -q; status=$$?; \
+	$(TESTS); status=$$?; \
 	$(BIN)/python -m pip install --quiet --no-deps --editable .; exit $$status
 
 setup: $(VENV)/.installed
