@@ -97,21 +97,28 @@ def inspect(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change its config.")
     ] = None,
     role: Roles = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="What could be pruned, with its cost.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show how much of a network changes how often.
 
-    Weights and FLOPs at each rate, and the inputs with their roles. No weights are needed: the
-    target is a folder from save_pretrained, a class of diffusers, a JSON file with a class and its
-    settings, or a compiled artifact.
+    Weights and FLOPs at each rate, and the inputs with their roles; with --prune, what the pass
+    prune could leave out. No weights are needed: the target is a folder from save_pretrained, a
+    class of diffusers, a JSON file with a class and its settings, or a compiled artifact.
 
     \b
     Examples:
       effuse inspect unet/
       effuse inspect diffusers.FluxTransformer2DModel --set num_layers=2
       effuse inspect examples/configs/sdxl.json --json
+      effuse inspect examples/configs/sd15.json --prune
     """
-    from effuse.cli_tables import look
+    if prune:
+        from effuse.cli_prune import look
+    else:
+        from effuse.cli_tables import look
 
     look(target, values(settings or (), "--set"), texts(role or (), "--role"), as_json)
 

@@ -30,6 +30,11 @@ Kind = Literal["span", "block", "head", "unit", "channel"]
 
 aten = torch.ops.aten
 
+ACTIONS = {
+    "head": "narrower projections",
+    "unit": "a narrower hidden layer",
+    "channel": "narrower convolutions, whole norm groups",
+}
 CONVS = (aten.conv2d.default,)
 LINEARS = (aten.linear.default,)
 
@@ -45,10 +50,6 @@ class Site:
     name: str
     count: int
     labels: Mapping[tuple[str, int], Atoms]
-
-    def label(self) -> str:
-        """The site for people."""
-        return f"{self.name} ({self.count} {self.kind}s)"
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,7 @@ def site_candidates(program: Program, site: Site) -> list[Candidate]:
             flops += shares * costs[node]
     return [
         Candidate(f"{site.name}[{site.kind} {atom}]", site.name, site.kind, round(parameters[atom]),
-                  round(flops[atom]), f"of {site.count} {site.kind}s", None, site, atom)
+                  round(flops[atom]), ACTIONS[site.kind], None, site, atom)
         for atom in range(site.count)
     ]  # fmt: skip
 
