@@ -30,7 +30,12 @@ PROJECTIONS = (
     aten.conv2d.default,
     aten.conv3d.default,
 )
-PARTS = ("task", "output", "features")  # of the loss
+# The loss's parts and their weights a, b, c. Features are many, and relative; errors of the output
+# are small at most steps. Measured on a transformer of 4.5 M parameters that had lost
+# two of its twelve blocks (19.8 dB), after 200 updates: c = 1 and b = 1, 10, 100, 1000 gave 26.2,
+# 27.2, 27.6, 27.5 dB; c = 0 and b = 100: 27.1 dB. As gradients are clipped, the scale counts too:
+# b = 1 and c = 0.01 gave 27.1 dB.
+SHARES: Mapping[str, float] = {"task": 100.0, "output": 100.0, "features": 1.0}
 
 
 # ---- features ------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from effuse.distill_data import Call, Source
-from effuse.distill_loss import PARTS, Matched, feature_loss, match_features, output_loss
+from effuse.distill_loss import SHARES, Matched, feature_loss, match_features, output_loss
 from effuse.distill_network import Network, Wanted, check_trainable, trainable
 from effuse.distill_state import Folder, State
 from effuse.errors import CalibrationError, ConfigError, InputError, nearest
@@ -43,7 +43,7 @@ class Recipe:
         rate: AdamW's, at its highest.
         batch: calls of the network in an update; a call is as large as the network was captured.
         ema: the average's decay; less at first: (1 + n) / (10 + n) at update n, as diffusers'.
-        weights: of the loss's parts `task`, `output` and `features`, 1 where not given.
+        weights: of the loss's parts `task` (100), `output` (100) and `features` (1).
         warmup: share of the updates in which the rate rises; then it falls as a cosine, to 0.
         clip: the gradient's greatest norm.
         seed: of the order of the calls.
@@ -74,9 +74,9 @@ class Recipe:
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"distill: {name}={getattr(self, name)!r}: from 0 to below 1")
         for name, value in self.weights.items():
-            if name not in PARTS:
+            if name not in SHARES:
                 raise ConfigError(
-                    f"distill: weights: no {name!r} in the loss{nearest(name, PARTS)}"
+                    f"distill: weights: no {name!r} in the loss{nearest(name, SHARES)}"
                 )
             if not 0 <= value < math.inf:
                 raise ConfigError(f"distill: weights: {name}={value!r}: 0 or more")
@@ -202,8 +202,8 @@ class _Run:
 
     def total(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum."""
-        shares = self.recipe.weights
-        terms = [shares.get(name, 1.0) * each.to(self.student.device, torch.float64)
+        shares = {**SHARES, **self.recipe.weights}
+        terms = [shares[name] * each.to(self.student.device, torch.float64)
                  for name, each in parts.items()]  # fmt: skip
         return torch.stack(terms).sum()
 
@@ -247,7 +247,7 @@ class _Run:
     def gradients(self, step: int) -> Entry:
         """Leave the gradients of one batch in the weights; its losses."""
         self.adam.zero_grad()
-        sums = dict.fromkeys(PARTS, 0.0)
+        sums = dict.fromkeys(SHARES, 0.0)
         loss = 0.0
         for number in range(step * self.recipe.batch, (step + 1) * self.recipe.batch):
             parts = self.losses(self.source.at(number), self.weights)

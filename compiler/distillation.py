@@ -92,7 +92,7 @@ def distill(
         rate: AdamW's, at its highest; it warms up, then falls as a cosine.
         batch: calls of the network in an update; a call is as large as the network was captured.
         ema: decay of the weights' moving average, which is given back.
-        weights: of the loss's parts `task`, `output`, `features`; 1 where not given.
+        weights: of the loss's parts `task` (100), `output` (100), `features` (1).
         seed: of noise and order.
         resume: a folder for the state; a training that was killed goes on there, to the bit.
         device: where to train; None: where the weights are.

@@ -17,7 +17,9 @@ from effuse.program import Program
 class Distill(Pass):
     """Train the weights of layers towards what the captured network gives (METHODS 3.1, 3.4).
 
-        L = ‖ε_S - ε_T‖²  +  Σ_l ‖f_T - f_S‖² / ‖f_T‖²    f: what self-attentions give in both
+        L = b · ‖ε_S - ε_T‖²  +  c · Σ_l ‖f_T - f_S‖² / ‖f_T‖²
+
+    over f, what self-attentions give in both.
 
     The calls are those of calibration, sampled by the captured network. `effuse.distill` is the
     same, with more to say about data. `include` and `exclude` say which layers may change.
@@ -27,8 +29,8 @@ class Distill(Pass):
         rate: its rate, at its highest; it warms up, then falls as a cosine.
         batch: calls of the network in an update.
         ema: decay of the weights' moving average, which is kept.
-        output: weight of the outputs in the loss.
-        features: weight of the features.
+        output: b, the weight of the outputs in the loss.
+        features: c, the weight of the features.
         seed: of the order of the calls.
         resume: a folder for the state, where a build that was interrupted goes on.
     """
@@ -40,7 +42,7 @@ class Distill(Pass):
     rate: float = 1e-4
     batch: int = 1
     ema: float = 0.999
-    output: float = 1.0
+    output: float = 100.0
     features: float = 1.0
     seed: int = 0
     resume: str = field(default="", metadata={"recorded": False})

@@ -236,7 +236,7 @@ def test_average_is_the_weights_moving_mean():
     eager, wanted = nn.Linear(3, 2), nn.Linear(3, 2)
     values = [{"input": torch.randn(5, 3)} for _ in range(6)]
     mine, theirs = (Network(capture(each.eval(), values[0])) for each in (eager, wanted))
-    recipe = Recipe(steps=30, rate=0.05, batch=2, ema=0.8, clip=0.3)
+    recipe = Recipe(steps=30, rate=0.05, batch=2, ema=0.8, clip=0.3, weights={"output": 1})
     source = Pool([Call(each) for each in values])
     found = train(mine, theirs, source, recipe)
 
@@ -330,7 +330,7 @@ def test_targets_make_the_loss_of_a_task():
         pruned(), teacher(), batch, steps=80, rate=1e-2, weights=shares, progress=False
     )
     first, last = found.history[0], found.history[-1]
-    assert last.task < first.task / 4 and last.loss == pytest.approx(last.task)
+    assert last.task < first.task / 4 and last.loss == pytest.approx(100 * last.task)
     assert (run_program(found.student, inputs())[0] - 1).square().mean() < 0.3
 
 
