@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from effuse.errors import ConfigError, PassError
+from effuse.graph import value_of
 from effuse.passes.base import Pass, Work
 from effuse.passes.options import check_choice, check_whole
 from effuse.passes.prune_candidates import Candidate, Kind, find_candidates
@@ -233,18 +234,21 @@ def choose(values: Sequence[float], sizes: Sequence[int], need: int, removed: Re
         demand += short
     else:
         picked = range(len(sizes))
-    return given_back(list(picked), values, need, removed)
+    return given_back(list(picked), values, sizes, need, removed)
 
 
 def given_back(
-    picked: list[int], values: Sequence[float], need: int, removed: Removed
+    picked: list[int], values: Sequence[float], sizes: Sequence[int], need: int, removed: Removed
 ) -> list[int]:
     """Without those, the costliest first, that the others do without."""
     slack = removed(picked) - need
     for item in sorted(picked, key=lambda item: -values[item]):
+        if sizes[item] > slack:  # to be given back it would have to be smaller than what is over
+            continue
         rest = [each for each in picked if each != item]
-        if slack > 0 and removed(rest) >= need:
-            picked = rest
+        over = removed(rest) - need
+        if over >= 0:
+            picked, slack = rest, over
     return picked
 
 
@@ -260,9 +264,14 @@ def size_of(program: Program, measure: str) -> int:
 
 def hollow(program: Program) -> Program:
     """The program with weights of the right sizes that take no memory."""
-    shapes = {name: peek(program.weights, name) for name in program.weights}
-    empty = {name: torch.zeros((), dtype=each.dtype).expand(each.shape)
-             for name, each in shapes.items()}  # fmt: skip
+    known = {name: peek(program.weights, name) for name in program.weights}
+    fakes = {str(node.target): value_of(node) for part in program.parts
+             for node in part.graph.nodes if node.op == "get_attr"}  # fmt: skip
+    empty = {
+        name: torch.zeros((), dtype=each.dtype, device=fakes[name].device).expand(each.shape)
+        for name, each in known.items()
+        if name in fakes
+    }
     return replace(program, weights=empty)
 
 

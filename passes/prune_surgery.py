@@ -216,7 +216,7 @@ class Masked:
         return {
             name: torch.tensor([float(atom not in gone) for atom in atoms])
             .reshape(shapes[name].shape)
-            .to(shapes[name].dtype)
+            .to(shapes[name].device, shapes[name].dtype)
             for name, atoms in self.atoms.items()
         }
 
