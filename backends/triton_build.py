@@ -152,7 +152,8 @@ def run_worker(job: Mapping[str, Any], take: Callable[[str], None]) -> None:
     reader.join()
     if process.wait() or done < len(job["kernels"]):
         kernel = list(job["kernels"])[min(done, len(job["kernels"]) - 1)]
-        last = "".join(errors[-3:]).strip() or f"exit status {process.returncode}"
+        said = [line.strip() for line in errors if line.strip()]
+        last = said[-1] if said else f"exit status {process.returncode}"
         raise BackendError(f"triton: the compiler aborted at {kernel}: {last}")
 
 
