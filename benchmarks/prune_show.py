@@ -1,0 +1,86 @@
+"""The table and the plot of the pruning benchmark, from its results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from cache_show import TITLES
+from matplotlib import pyplot as plt
+
+COLUMNS = (
+    "removed by", "budget", "parameters", "FLOPs", "PSNR, dB", "recovered", "speed-up", "MB", "",
+)  # fmt: skip
+COLORS = {  # Okabe and Ito's
+    "loss": "#0072B2", "latent": "#009E73", "magnitude": "#E69F00", "random": "#999999",
+    "hand-picked": "#CC79A7",
+}  # fmt: skip
+
+
+def markdown(network: str, document: Mapping[str, Any]) -> str:
+    """One line for each criterion and budget."""
+    head = [
+        f"# {TITLES[network]}: pruned",
+        "",
+        f"{document['steps']} DDIM steps, {document['prompts']} prompts; recovered: "
+        f"{document['recovery']} updates on the network's own sampling of other prompts. Speed-up "
+        f"and PSNR are against the exact artifact of {document['megabytes']:.2f} MB.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|---|",
+    ]
+    return "\n".join([*head, *(line(pair) for pair in pairs(document["rows"]))]) + "\n"
+
+
+def pairs(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """Each row without recovery, and the one with it."""
+    recovered = {(row["by"], row["share"]): row for row in rows if row["steps"]}
+    plain = {(row["by"], row["share"]): row for row in rows if not row["steps"]}
+    return [
+        (plain.get(key, row), recovered.get(key)) for key, row in {**recovered, **plain}.items()
+    ]
+
+
+def line(pair: tuple[dict[str, Any], dict[str, Any] | None]) -> str:
+    """A line of the table, by COLUMNS."""
+    row, recovered = pair
+    budget = f"{100 * row['share']:.0f} %"
+    if row["remark"]:
+        return f"| {row['by']} | {budget} | | | | | | | {row['remark']} |"
+    shares = [f"{100 * row['removed'][word]:.1f} %" for word in ("parameters", "flops")]
+    done = recovered is not None and not recovered["remark"]
+    after = f"{recovered['psnr_db']:.1f}" if recovered and done else ""
+    cells = (row["by"], budget, *shares, f"{row['psnr_db']:.1f}", after, f"{row['speedup']:.2f}×",
+             f"{row['megabytes']:.2f}", "")  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def plot(path: Path, network: str, document: Mapping[str, Any]) -> None:
+    """PSNR over what went; hollow and dashed before recovery, filled after."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for by, color in COLORS.items():
+        for recovered in (False, True):
+            rows = [
+                row
+                for row in document["rows"]
+                if row["by"] == by and bool(row["steps"]) is recovered and not row["remark"]
+            ]
+            axes.plot(
+                [100 * row["removed"]["parameters"] for row in rows],
+                [row["psnr_db"] for row in rows],
+                "o-" if recovered else "o--", color=color,
+                markerfacecolor=color if recovered else "white",
+                label=f"{by}{', recovered' if recovered else ''}" if rows else None,
+            )  # fmt: skip
+    axes.set_xlabel("parameters removed, %")
+    axes.set_ylabel("PSNR of the pictures, dB")
+    axes.set_title(TITLES[network])
+    axes.grid(alpha=0.3)
+    if document["rows"]:
+        axes.legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
