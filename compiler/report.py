@@ -156,7 +156,7 @@ def write_text(path: Path, text: str) -> None:
 def section_view(name: str, report: Report) -> dict[str, Any]:
     """What the page says of one compiled network."""
     manifest = report.manifest
-    inputs, programs, passes, native, kernels = tables(manifest)
+    inputs, programs, passes, native, kernels, lowering = tables(manifest)
     return {
         "name": name,
         "facts": facts(manifest, report.seconds),
@@ -166,6 +166,7 @@ def section_view(name: str, report: Report) -> dict[str, Any]:
         "passes": passes,
         "native": native,
         "kernels": kernels,
+        "lowering": lowering,
         "layers_line": layers_line(manifest),
         "layer_chart": layer_chart(manifest),
         "layer_caption": layer_caption(manifest),

@@ -72,6 +72,7 @@ def tables(manifest: Manifest) -> list[Table]:
         passes_table(manifest),
         native_table(manifest),
         kernels_table(manifest),
+        lowering_table(manifest),
     ]
 
 
@@ -142,9 +143,9 @@ def native_table(manifest: Manifest) -> Table:
 
 def kernels_line(kernels: Mapping[str, Any]) -> str:
     """How many kernels there are, and the most that one asks of the GPU."""
-    most = kernels["most"]
+    most, count = kernels["most"], kernels["distinct"]
     return (
-        f"{kernels['distinct']} kernels compiled for {kernels['target']}: at most "
+        f"{count} kernel{'' if count == 1 else 's'} compiled for {kernels['target']}: at most "
         f"{most['registers']} registers and {most['spills']} spilled bytes a thread, "
         f"{most['shared'] / 1024:.0f} KiB of shared memory"
     )
@@ -169,6 +170,21 @@ def kernels_table(manifest: Manifest) -> Table:
         for name, part in kernels.get("parts", {}).items()
     ]
     return Table("Kernels (counted, not measured)", columns, rows)
+
+
+def lowering_table(manifest: Manifest) -> Table:
+    """What each rule of the lowering to kernels did, and why it left sites alone."""
+    done: Counter[str] = Counter()
+    left: dict[str, Counter[str]] = {}
+    for part in manifest.get("kernels", {}).get("parts", {}).values():
+        done.update(part["rules"])
+        for rule, reasons in part["reasons"].items():
+            left.setdefault(rule, Counter()).update(reasons)
+    rows = [
+        (rule, str(done[rule] or "–"), counted(left.get(rule, {})) or "–")
+        for rule in sorted({*done, *left})
+    ]
+    return Table("Lowering to kernels", ("rule", "sites", "left alone"), rows)
 
 
 def kept_table(manifest: Manifest) -> Table:

@@ -223,22 +223,13 @@ def launch(
             "groups": w_scale.shape[1],
             **tail_args(tail, rows, columns),
         },
-        _blocks(x, scale, how, tile)
-        | tail_constants(tail)
-        | {
-            "GRID": how.grid.kind,
-            "SCALE": how.scale.partition("-")[0],
-            "BM": tile.rows,
-            "BN": tile.columns,
-            "BAND": BAND,
-            "STAGES": tile.stages,
-        },
+        _blocks(x, scale, how, tile) | tail_constants(tail),
         tile.warps,
         tile.stages,
     )
 
 
-def _blocks(x: Tensor, scale: Tensor | None, how: Quantizer, tile: Tile) -> dict[str, int | bool]:
+def _blocks(x: Tensor, scale: Tensor | None, how: Quantizer, tile: Tile) -> dict[str, Any]:
     """How the sum over the columns is cut: what an int8 product adds up has one scale."""
     depth = x.shape[-1]
     group, x_group = how.group, 0
@@ -249,6 +240,12 @@ def _blocks(x: Tensor, scale: Tensor | None, how: Quantizer, tile: Tile) -> dict
         step = min(size for size in (step, group, x_group) if size)
         block = max(step, LEAST)
     return {
+        "GRID": how.grid.kind,
+        "SCALE": how.scale.partition("-")[0],
+        "BM": tile.rows,
+        "BN": tile.columns,
+        "BAND": BAND,
+        "STAGES": tile.stages,
         "GROUP": group,
         "X_GROUP": x_group,
         "STEP": step,

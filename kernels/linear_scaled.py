@@ -177,18 +177,22 @@ def launch(
             "depth": depth,
             **tail_args(tail, rows, columns),
         },
-        {
-            "PER_ROW": scale.numel() > 1,
-            "EVEN": depth % tile.depth == 0,
-            "BM": tile.rows,
-            "BN": tile.columns,
-            "BK": tile.depth,
-            "BAND": BAND,
-            **tail_constants(tail),
-        },
+        _blocks(tile, scale, depth) | tail_constants(tail),
         tile.warps,
         tile.stages,
     )
+
+
+def _blocks(tile: Tile, scale: Tensor, depth: int) -> dict[str, int | bool]:
+    """How the product is cut into tiles."""
+    return {
+        "PER_ROW": scale.numel() > 1,
+        "EVEN": depth % tile.depth == 0,
+        "BM": tile.rows,
+        "BN": tile.columns,
+        "BK": tile.depth,
+        "BAND": BAND,
+    }
 
 
 def _check_codes(codes: Tensor, weight: Tensor) -> None:

@@ -18,14 +18,11 @@ pytest.importorskip("triton")
 
 from effuse.errors import BackendError
 from effuse.kernels import linear_packed, linear_scaled
-from effuse.kernels.launch import INTERPRETED, run_native
+from effuse.kernels.launch import run_native
 from effuse.kernels.low_bit import pack_weight
 from effuse.kernels.quantizers import find_scale, parse_quantizer, to_codes
 from effuse.kernels.tiles import Tile, pick, programs
 
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED, reason="Triton was imported before its interpreter"
-)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 E4M3 = torch.float8_e4m3fn
 INT4, NVFP4, MXFP4 = "int4/group32", "e2m1/group16/scale-e4m3", "e2m1/group32/scale-e8m0"
