@@ -6,10 +6,8 @@ matrices and convolutions count; open sizes count at the value that they had at 
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Callable, Mapping
 from math import prod
 from operator import getitem
 from typing import Any
@@ -20,6 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
 from effuse.graph import calls, module_path
+from effuse.naming import block_names
 from effuse.plan import Depends, Rate
 from effuse.program import Part, Program, used_weights
 from effuse.rates import dependences
@@ -27,8 +26,6 @@ from effuse.weights import Weights, peek
 
 Shape = tuple[int, ...]
 
-MOST_BLOCKS = 48  # rows that a picture of the plan has room for
-WORD = re.compile(r"[^.]+(?:\.\d+)*")  # a module's name with its number: resnets.1
 
 aten = torch.ops.aten
 
@@ -192,29 +189,3 @@ def module_flops(part: Part) -> Counter[str]:
         if flops := node_flops(node):
             counts[module_path(node)] += flops
     return counts
-
-
-def block_names(paths: Sequence[str], most: int = MOST_BLOCKS) -> dict[str, str]:
-    """Module path -> its block: the smallest modules of which there are not too many.
-
-    Where the outermost modules are too many already, numbered neighbours become one block.
-    """
-    deepest = max((1, *(len(WORD.findall(path)) for path in paths)))
-    for level in range(deepest, 0, -1):
-        found = {path: ".".join(WORD.findall(path)[:level]) for path in paths}
-        if len(set(found.values())) <= most:
-            return found
-    names = list(dict.fromkeys(found.values()))
-    joined = dict(_joined(names, -(-len(names) // most)))
-    return {path: joined[name] for path, name in found.items()}
-
-
-def _joined(names: Iterable[str], size: int) -> Iterator[tuple[str, str]]:
-    """Each name, and that of the run of up to `size` numbered neighbours that it is in."""
-    for stem, group in groupby(names, lambda name: name.rstrip("0123456789")):
-        run = list(group)
-        for start in range(0, len(run), size):
-            ends = run[start : start + size]
-            last = ends[-1].removeprefix(stem)
-            label = ends[0] if len(ends) == 1 else f"{ends[0]}\N{EN DASH}{last}"
-            yield from ((name, label) for name in ends)

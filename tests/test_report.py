@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from effuse.cost import block_names
 from effuse.errors import ArtifactError, MissingExtra
 from effuse.evaluate import Evaluation, Run
+from effuse.naming import block_names
 from effuse.plan import Guide, to_json
 from effuse.report import Report, write_html
 from effuse.report_pictures import difference
