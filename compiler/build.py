@@ -309,7 +309,7 @@ def describe(
         "config": config.data(),
         "program": to_json(program.spec()),
         "model": describe_model(program.model),
-        "passes": to_json(program.records),
+        "passes": [each.to_json() for each in program.records],
         "layers": to_json(program.layers),
         "parts": {
             part.name: {"rate": part.rate.name.lower(), **part_costs(part, program.weights)}

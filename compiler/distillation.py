@@ -380,7 +380,7 @@ def rebuilt(
     save_file(dict(weights), folder / "weights.safetensors")
     manifest = {
         **compiled.manifest,
-        "passes": [*compiled.manifest["passes"], to_json(told)],
+        "passes": [*compiled.manifest["passes"], told.to_json()],
         "distilled": {"history": [asdict(each) for each in found.history]},
     }
     complete = artifact.finish(folder, manifest)

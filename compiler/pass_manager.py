@@ -106,6 +106,7 @@ def record(each: Pass, log: Log, error: float | None, ratio: float | None) -> Re
         notes=tuple(log.notes),
         error=None if error is None else float(f"{error:.3g}"),
         sqnr_db=None if ratio is None else round(ratio, 2),
+        data=log.data,
     )
 
 

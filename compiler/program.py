@@ -22,6 +22,7 @@ from effuse.plan import (
     ProgramSpec,
     Rate,
     Role,
+    to_json,
 )
 from effuse.weights import Weights, WeightStore, only
 
@@ -63,6 +64,11 @@ class Record:
     notes: tuple[str, ...]
     error: float | None  # relative to the captured network on the example inputs
     sqnr_db: float | None
+    data: Mapping[str, Any] = field(default_factory=dict)  # JSON's types; a pass's own figures
+
+    def to_json(self) -> dict[str, Any]:
+        """The record for the manifest, without `data` where there is none."""
+        return {name: value for name, value in to_json(self).items() if value or name != "data"}
 
 
 @dataclass(frozen=True)

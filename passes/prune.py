@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
-import torch
 
 from effuse.errors import ConfigError, PassError
-from effuse.graph import value_of
 from effuse.passes.base import Pass, Work
 from effuse.passes.options import check_choice, check_whole
 from effuse.passes.prune_candidates import Candidate, Kind, find_candidates
-from effuse.passes.prune_knapsack import lightest
-from effuse.passes.prune_scores import (
-    correlation,
-    latent_shifts,
-    losses,
-    magnitudes,
-    random_sets,
-    record_inputs,
-    together,
+from effuse.passes.prune_choice import choose, offer
+from effuse.passes.prune_figures import (
+    additivity,
+    figure,
+    hollow,
+    rows,
+    shares,
+    size_of,
+    tell_additivity,
 )
+from effuse.passes.prune_scores import latent_shifts, losses, magnitudes, record_inputs
 from effuse.passes.prune_surgery import pruned
 from effuse.passes.resume import Store
-from effuse.passes.skip_blocks import part_flops
-from effuse.program import Program, used_weights
-from effuse.weights import peek
+from effuse.program import Program
 
 By = Literal["loss", "latent", "magnitude", "random"]
-Removed = Callable[[Sequence[int]], int]
 Array = np.ndarray[Any, Any]
 
 WHOLE = ("span", "block")  # they hold heads, units and channels, and each other
@@ -127,7 +123,10 @@ class Prune(Pass):
         result = pruned(program, [candidates[each] for each in spent])
         self.tell(program, result, candidates, scores, spent, work)
         if probes and spent:
-            tell_additivity(program, candidates, scores, (offered, spent), probes, self.seed, work)
+            numbers = (offered, spent)
+            found = additivity(program, candidates, scores, numbers, probes, self.seed)
+            work.log.data["additivity"] = found
+            tell_additivity(found, work.log)
         return result
 
     def candidates(self, program: Program, work: Work) -> list[Candidate]:
@@ -189,106 +188,14 @@ class Prune(Pass):
         self, before: Program, after: Program, candidates: Sequence[Candidate], scores: Array,
         gone: Sequence[int], work: Work,
     ) -> None:  # fmt: skip
-        """What went, how much that is, and every score."""
-        shares = [f"{1 - size_of(after, each) / size_of(before, each):.1%} of the {each}"
-                  for each in ("parameters", "flops")]  # fmt: skip
-        work.log.note(f"{len(gone)} of {len(candidates)} candidates went: {' and '.join(shares)}")
-        every = ", ".join(
-            f"{each.name} {score:.3g}{' (gone)' if number in gone else ''}"
-            for number, (each, score) in enumerate(zip(candidates, scores.tolist(), strict=True))
-        )
-        work.log.note(f"scores by {self.by}: {every}")
-
-
-# ---- choosing ------------------------------------------------------------------------------------
-
-
-def offer(candidates: Sequence[Candidate], scores: Array, work: Work) -> list[int]:
-    """The candidates with a finite score, but for the costliest atom of each site: it stays."""
-    best: dict[int, int] = {}
-    for number, each in enumerate(candidates):
-        if each.site is not None:
-            key = id(each.site)
-            rivals = (number, best.get(key, number))
-            best[key] = max(rivals, key=lambda one: (not np.isfinite(scores[one]), scores[one]))
-    broken = [number for number in range(len(candidates)) if not np.isfinite(scores[number])]
-    for number in broken:
-        work.log.reject("prune", f"{candidates[number].name}: the output is not finite without it")
-    stay = {*broken, *best.values()}
-    return [number for number in range(len(candidates)) if number not in stay]
-
-
-def choose(values: Sequence[float], sizes: Sequence[int], need: int, removed: Removed) -> list[int]:
-    """The items of the least sum of values that remove `need`, which all of them do.
-
-    `sizes` are of each item alone. Together they may remove more (what only they shared) or less
-    (a weight that two of them cut): `removed` tells.
-    """
-    demand = need
-    picked: Sequence[int] = range(len(sizes))
-    while demand <= sum(sizes):
-        picked = lightest(values, sizes, demand) or ()
-        short = need - removed(picked)
-        if short <= 0:
-            break
-        demand += short
-    else:
-        picked = range(len(sizes))
-    return given_back(list(picked), values, sizes, need, removed)
-
-
-def given_back(
-    picked: list[int], values: Sequence[float], sizes: Sequence[int], need: int, removed: Removed
-) -> list[int]:
-    """Without those, the costliest first, that the others do without."""
-    slack = removed(picked) - need
-    for item in sorted(picked, key=lambda item: -values[item]):
-        if sizes[item] > slack:  # to be given back it would have to be smaller than what is over
-            continue
-        rest = [each for each in picked if each != item]
-        over = removed(rest) - need
-        if over >= 0:
-            picked, slack = rest, over
-    return picked
-
-
-# ---- figures -------------------------------------------------------------------------------------
-
-
-def size_of(program: Program, measure: str) -> int:
-    """The program's weights in numbers, or the arithmetic of a step."""
-    if measure == "flops":
-        return part_flops(program.part(program.plan.default))
-    return sum(peek(program.weights, name).numel() for name in used_weights(*program.parts))
-
-
-def hollow(program: Program) -> Program:
-    """The program with weights of the right sizes that take no memory."""
-    known = {name: peek(program.weights, name) for name in program.weights}
-    fakes = {str(node.target): value_of(node) for part in program.parts
-             for node in part.graph.nodes if node.op == "get_attr"}  # fmt: skip
-    empty = {
-        name: torch.zeros((), dtype=each.dtype, device=fakes[name].device).expand(each.shape)
-        for name, each in known.items()
-        if name in fakes
-    }
-    return replace(program, weights=empty)
-
-
-def tell_additivity(
-    program: Program, candidates: Sequence[Candidate], scores: Array,
-    numbers: tuple[Sequence[int], Sequence[int]], probes: Sequence[Any], seed: int, work: Work,
-) -> None:  # fmt: skip
-    """How well sums of single losses predict the loss of what went, and of random sets."""
-    offered, gone = numbers
-    sets = [[offered[each] for each in chosen] for chosen in random_sets(len(offered), seed)]
-    every = [*sets, list(gone)]
-    measured = together(program, [[candidates[each] for each in one] for one in every], probes)
-    predicted = [float(scores[one].sum()) for one in every]
-    work.log.note(
-        f"relative squared error of the output: {predicted[-1]:.2e} as the sum of single losses, "
-        f"{measured[-1]:.2e} measured without all of them"
-    )
-    found = correlation(predicted[:-1], measured[:-1])
-    if found is not None:
-        work.log.note(f"additivity: correlation {found:.2f} over {len(sets)} random sets")
+        """What went, how much that is; and every score, as data."""
+        removed = shares(before, after)
+        words = " and ".join(f"{share:.1%} of the {each}" for each, share in removed.items())
+        work.log.note(f"{len(gone)} of {len(candidates)} candidates went: {words}")
+        work.log.data |= {
+            "by": self.by,
+            "measure": self.measure,
+            "budget": self.share,
+            "candidates": rows(candidates, scores, gone),
+            "removed": {each: figure(share) for each, share in removed.items()},
+        }

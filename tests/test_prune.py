@@ -42,8 +42,8 @@ from effuse.passes import (
     prune_ties,
 )
 from effuse.passes.base import Work
-from effuse.passes.prune import size_of
 from effuse.passes.prune_candidates import find_candidates, find_sites
+from effuse.passes.prune_figures import rows, size_of
 from effuse.passes.prune_knapsack import lightest
 from effuse.passes.prune_scores import (
     correlation,
@@ -502,9 +502,38 @@ def test_a_budget_is_met_at_a_loss_that_grows_with_it():
         shares = [float(word.rstrip("%")) for word in record.notes[0].split() if "%" in word]
         assert shares[0] >= 100 * share - 0.05
         assert record.sqnr_db is not None and not record.exact
-        costs.append(float(record.notes[2].split()[6]))
-        assert "additivity: correlation" in record.notes[3]
+        costs.append(float(record.notes[1].split()[6]))
+        assert "additivity: correlation" in record.notes[2]
     assert costs[0] <= costs[1] < costs[2]
+
+
+def test_figures_are_kept_as_data():
+    program = network("dit")
+    done = run(program, parameters=0.1, calls=1)
+    data = done.records[-1].data
+    assert json.loads(json.dumps(done.records[-1].to_json()))["data"] == data
+    assert (data["by"], data["measure"], data["budget"]) == ("loss", "parameters", 0.1)
+    told = data["candidates"]
+    for name in ("name", "parameters", "flops"):
+        assert [each[name] for each in told] == [
+            getattr(each, name) for each in found("dit", "span")
+        ]
+    gone = [each for each in told if each["gone"]]
+    assert 0 < len(gone) < len(told)
+    for measure, share in data["removed"].items():
+        left = size_of(done, measure) / size_of(program, measure)
+        assert share == pytest.approx(1 - left, rel=1e-5)
+    predicted, measured = data["additivity"]["chosen"]
+    assert predicted == pytest.approx(sum(each["score"] for each in gone), rel=1e-4)
+    assert measured > 0
+    assert len(data["additivity"]["predicted"]) == len(data["additivity"]["measured"]) == 8
+    assert "data" not in done.records[0].to_json()
+
+
+def test_a_score_that_is_not_finite_is_none_as_data():
+    every = found("dit", "span")[:2]
+    scores = [each["score"] for each in rows(every, np.array([np.inf, 0.5]), {1})]
+    assert scores == [None, 0.5]
 
 
 @pytest.mark.parametrize("by", ("latent", "magnitude", "random"))
@@ -518,8 +547,7 @@ def test_every_criterion_meets_a_budget_of_arithmetic(by):
 
 def test_an_atom_of_each_site_stays():
     less = run(network("dit"), parameters=0.2, what=("head", "unit"), groups=4, by="magnitude")
-    gone = [word for word in less.records[-1].notes[1].split(", ") if "(gone)" in word]
-    assert gone
+    assert any(each["gone"] for each in less.records[-1].data["candidates"])
     attention = calls(less.part("full").graph, aten.scaled_dot_product_attention.default)
     assert all(node.meta["val"].shape[1] >= 1 for node in attention)
 
@@ -608,7 +636,8 @@ def test_nothing_to_prune():
     with pytest.raises(PassError, match="include and exclude leave none"):
         run(network("dit"), parameters=0.1, exclude=("*",))
     only = run(network("dit"), parameters=0.05, by="random", include=("*.1.*",))
-    assert "blocks.0" not in only.records[-1].notes[1]
+    names = [each["name"] for each in only.records[-1].data["candidates"]]
+    assert names and all("blocks.1" in name for name in names)
 
 
 def test_inspect_lists_the_candidates_without_weights():
