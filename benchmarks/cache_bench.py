@@ -37,7 +37,8 @@ class Bench:
     original: Any = None
     noise: Any = None  # the scheduler's config
     prompts: list[str] = field(default_factory=list)
-    unseen: list[str] = field(default_factory=list)  # by the pictures: calibration's
+    others: list[str] = field(default_factory=list)  # that no picture is of: calibration's
+    trajectories: int = 1  # that calibration samples, each of other prompts and other noise
     reference: Any = None  # the exact artifact's pictures, (n, 3, h, w)
     own: dict[str, Any] = field(default_factory=dict)  # pictures of a solver's full run
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -50,7 +51,7 @@ class Bench:
         self.original, self.noise = getattr(self.pipe, self.place), self.pipe.scheduler.config
         known, count = importlib.import_module("emoji").names(), self.arguments.prompts
         self.prompts = known[:: max(1, len(known) // count)][:count]
-        self.unseen = [name for name in known if name not in self.prompts][:count]
+        self.others = [name for name in known if name not in self.prompts]
         self.set_solver("ddim", self.arguments.steps)
 
     @property
@@ -75,9 +76,20 @@ class Bench:
 
     def calibrate(self, model: Any) -> None:
         """Sample other prompts from other noise."""
-        self.set_solver("ddim", self.arguments.steps)
         setattr(self.pipe, self.place, model)
-        self.pipe.latents(self.unseen, CALIBRATION_SEED)
+        for number in range(self.trajectories):
+            self.set_solver("ddim", self.arguments.steps)
+            self.pipe.latents(self.held_back(number), CALIBRATION_SEED + number)
+
+    @property
+    def unseen(self) -> list[str]:
+        """The prompts of the first trajectory."""
+        return self.held_back(0)
+
+    def held_back(self, number: int) -> list[str]:
+        """As many prompts as are pictured, none of them; other ones for each number."""
+        count, start = self.arguments.prompts, number * self.arguments.prompts
+        return [self.others[each % len(self.others)] for each in range(start, start + count)]
 
     def compile(self, name: str, passes: Any, times: Any = None) -> tuple[effuse.Compiled, float]:
         """Compile, save, load as a device does; the artifact, and the seconds of compiling."""

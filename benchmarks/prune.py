@@ -1,7 +1,8 @@
 """Quality against size and time of pruned networks, with and without recovery.
 
     python benchmarks/prune.py                              # both networks, two hours on two cores
-    python benchmarks/prune.py --network dit --only "20 %"  # rows by name
+    python benchmarks/prune.py --network dit --only "20 %"  # rows by name; others stay
+    python benchmarks/prune.py --only "20 %, 2" --recovery 2000 --trajectories 8 --samples 512
     python benchmarks/prune.py --list                   # or --dry-run: what would run
 
 Each row prunes the residual branches of a trained example network by one criterion and one budget,
@@ -23,6 +24,7 @@ from typing import Any
 
 from cache_bench import NETWORKS, Bench
 from cache_measure import Subject, measure, psnrs, seconds
+from prune_samples import Samples
 from prune_show import markdown, plot
 from rich.console import Console
 
@@ -57,8 +59,8 @@ class Row:
 
     @property
     def name(self) -> str:
-        """`loss, 20 %, recovered`."""
-        recovered = ", recovered" if self.steps else ""
+        """`loss, 20 %, 200 updates`."""
+        recovered = f", {self.steps} updates" if self.steps else ""
         return f"{self.by}, {100 * self.share:.0f} %{recovered}"
 
 
@@ -81,7 +83,9 @@ def prune(row: Row, network: str, folder: Path) -> Prune:
     return Prune(parameters=row.share, by="magnitude", include=PICKED[network][:count])
 
 
-def run(bench: Bench, base: Subject, row: Row, folder: Path) -> dict[str, Any]:
+def run(
+    bench: Bench, base: Subject, row: Row, folder: Path, samples: Samples | None
+) -> dict[str, Any]:
     """The figures of a row, or why it has none."""
     begun = time.perf_counter()
     try:
@@ -96,11 +100,13 @@ def run(bench: Bench, base: Subject, row: Row, folder: Path) -> dict[str, Any]:
         "name": row.name,
         **vars_of(row),
         **psnrs(bench.reference, traces[0].pictures),
+        **(samples.distances(model) if samples else {}),
         "speedup": sorted(ratios)[len(ratios) // 2],
         "speedup_rounds": ratios,
         "megabytes": model.size / 1e6,
         "removed": removed(notes),
         "build_s": build,
+        "trajectories": bench.trajectories,
         "seconds": time.perf_counter() - begun,
         "notes": notes,
         "remark": "",
@@ -123,15 +129,19 @@ def study(network: str, options: argparse.Namespace) -> None:
     """Run a network's rows, writing what there is after each."""
     wanted = [row for row in rows(options.recovery) if re.search(options.only, row.name)]
     with tempfile.TemporaryDirectory() as place:
-        bench = Bench(network, options, Path(place))
+        bench = Bench(network, options, Path(place), trajectories=options.trajectories)
         exact, _ = bench.compile("exact", (Hoist(),))
         base = Subject(SimpleNamespace(name="exact"), exact, bench.sampler("ddim", options.steps))
         bench.reference = Trace(exact).sample(base.sample).pictures
-        results: list[dict[str, Any]] = []
+        samples = Samples(bench, exact, options.samples) if options.samples else None
+        document = opened(network, options, exact.size / 1e6)
+        if samples:
+            document["samples"] = {"count": samples.count, **samples.distances(exact)}
         for number, row in enumerate(wanted, start=1):
-            results.append(run(bench, base, row, Path(place)))
-            CONSOLE.print(f"{network} {number}/{len(wanted)} {told(results[-1])}", highlight=False)
-            write(network, options, exact.size / 1e6, results)
+            found = run(bench, base, row, Path(place), samples)
+            CONSOLE.print(f"{network} {number}/{len(wanted)} {told(found)}", highlight=False)
+            document["rows"] = merged(document["rows"], found)
+            write(network, options.out, document)
 
 
 def told(result: dict[str, Any]) -> str:
@@ -144,19 +154,33 @@ def told(result: dict[str, Any]) -> str:
     )
 
 
-def write(network: str, options: argparse.Namespace, size: float, results: Any) -> None:
-    """The JSON, the table, the plot."""
-    document = {
+def opened(network: str, options: argparse.Namespace, size: float) -> dict[str, Any]:
+    """The document, with the rows of an earlier run over the same steps and prompts."""
+    path = options.out / f"prune-{network}.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
+    same = all(before.get(key) == getattr(options, key) for key in ("steps", "prompts"))
+    return {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{options.threads or 'all'} threads",
         "versions": versions(("effuse", "torch", "onnxruntime", "diffusers")),
         "steps": options.steps,
         "prompts": options.prompts,
-        "recovery": options.recovery,
         "megabytes": size,
-        "rows": results,
+        "samples": before.get("samples"),
+        "rows": before["rows"] if same else [],
     }
-    stem = options.out / f"prune-{network}"
+
+
+def merged(rows: list[dict[str, Any]], found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows with one more, in the place of an older one of its name."""
+    if any(row["name"] == found["name"] for row in rows):
+        return [found if row["name"] == found["name"] else row for row in rows]
+    return [*rows, found]
+
+
+def write(network: str, folder: Path, document: dict[str, Any]) -> None:
+    """The JSON, the table, the plot."""
+    stem = folder / f"prune-{network}"
     stem.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     stem.with_suffix(".md").write_text(markdown(network, document), encoding="utf-8")
     plot(stem.with_suffix(".png"), network, document)
@@ -169,6 +193,10 @@ def main() -> int:
     parser.add_argument("--only", default="", help="rows whose name this expression finds")
     parser.add_argument("--list", "--dry-run", action="store_true", help="name the rows, run none")
     parser.add_argument("--recovery", type=int, default=200, help="updates of recovery")
+    parser.add_argument("--trajectories", type=int, default=1, help="of 8 prompts to recover on")
+    parser.add_argument(
+        "--samples", type=int, default=0, help="also compare so many pictures by their features"
+    )
     parser.add_argument("--steps", type=int, default=20, help="of the sampler")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3, help="whole runs that are timed")

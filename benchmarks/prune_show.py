@@ -22,26 +22,57 @@ COLORS = {  # Okabe and Ito's
 
 
 def markdown(network: str, document: Mapping[str, Any]) -> str:
-    """One line for each criterion and budget."""
+    """One line for each criterion and budget; another table of pictures compared by features."""
+    steps = short(document["rows"])
     head = [
         f"# {TITLES[network]}: pruned",
         "",
-        f"{document['steps']} DDIM steps, {document['prompts']} prompts; recovered: "
-        f"{document['recovery']} updates on the network's own sampling of other prompts. Speed-up "
-        f"and PSNR are against the exact artifact of {document['megabytes']:.2f} MB.",
+        f"{document['steps']} DDIM steps, {document['prompts']} prompts; recovered: {steps} "
+        "updates on the network's own sampling of other prompts. Speed-up and PSNR are against the exact "
+        f"artifact of {document['megabytes']:.2f} MB.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|---|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
-    return "\n".join([*head, *(line(pair) for pair in pairs(document["rows"]))]) + "\n"
+    lines = [*head, *(line(pair) for pair in pairs(document["rows"]))]
+    return "\n".join([*lines, *compared(document)]) + "\n"
+
+
+def short(rows: list[dict[str, Any]]) -> int:
+    """The updates of the short recovery."""
+    return min((row["steps"] for row in rows if row["steps"]), default=0)
 
 
 def pairs(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
-    """Each row without recovery, and the one with it."""
-    recovered = {(row["by"], row["share"]): row for row in rows if row["steps"]}
+    """Each row without recovery, and the one with the short recovery."""
+    steps = short(rows)
+    recovered = {(row["by"], row["share"]): row for row in rows if steps and row["steps"] == steps}
     plain = {(row["by"], row["share"]): row for row in rows if not row["steps"]}
     return [
         (plain.get(key, row), recovered.get(key)) for key, row in {**recovered, **plain}.items()
+    ]
+
+
+def compared(document: Mapping[str, Any]) -> list[str]:
+    """The rows whose pictures were compared by features."""
+    rows = [row for row in document["rows"] if "kid" in row]
+    own = document.get("samples")
+    if not rows or not own:
+        return []
+    return [
+        "",
+        f"{own['count']} pictures against the network's own, by the features of a classifier: "
+        "1 - cos of the features of pairs from the same noise, and 1000 × KID against the "
+        f"network's pictures from other noise; the network's own pictures are at 0 and {own['kid']:.1f}.",
+        "",
+        "| removed by | budget | updates | build, min | PSNR, dB | 1 - cos | KID |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+        *(
+            f"| {row['by']} | {100 * row['share']:.0f} % | {row['steps']} | "
+            f"{row['build_s'] / 60:.1f} | {row['psnr_db']:.1f} | {row['feature_distance']:.3f} | "
+            f"{row['kid']:.1f} |"
+            for row in rows
+        ),
     ]
 
 
@@ -62,12 +93,15 @@ def line(pair: tuple[dict[str, Any], dict[str, Any] | None]) -> str:
 def plot(path: Path, network: str, document: Mapping[str, Any]) -> None:
     """PSNR over what went; hollow and dashed before recovery, filled after."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    steps = short(document["rows"])
     for by, color in COLORS.items():
         for recovered in (False, True):
             rows = [
                 row
                 for row in document["rows"]
-                if row["by"] == by and bool(row["steps"]) is recovered and not row["remark"]
+                if row["by"] == by
+                and row["steps"] == (steps if recovered else 0)
+                and not row["remark"]
             ]
             axes.plot(
                 [100 * row["removed"]["parameters"] for row in rows],
