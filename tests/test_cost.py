@@ -16,6 +16,7 @@ from effuse.cost import node_bytes, node_flops, part_costs, rate_costs
 from effuse.errors import ConfigError
 from effuse.graph import calls, emit, emit_input, fake_mode, set_outputs
 from effuse.inspect_model import inspect_network, load_folder, resolve
+from effuse.kernels import dynamic as dynamic  # registers the ops
 from effuse.plan import ROLE_DEPENDS, Role
 from effuse.program import Part
 
