@@ -28,8 +28,8 @@ def markdown(network: str, document: Mapping[str, Any]) -> str:
         f"# {TITLES[network]}: pruned",
         "",
         f"{document['steps']} DDIM steps, {document['prompts']} prompts; recovered: {steps} "
-        "updates on the network's own sampling of other prompts. Speed-up and PSNR are against the exact "
-        f"artifact of {document['megabytes']:.2f} MB.",
+        "updates on the network's own sampling of other prompts. Speed-up and PSNR are against "
+        f"the exact artifact of {document['megabytes']:.2f} MB.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|---|--:|--:|--:|--:|--:|--:|--:|---|",
@@ -63,7 +63,7 @@ def compared(document: Mapping[str, Any]) -> list[str]:
         "",
         f"{own['count']} pictures against the network's own, by the features of a classifier: "
         "1 - cos of the features of pairs from the same noise, and 1000 × KID against the "
-        f"network's pictures from other noise; the network's own pictures are at 0 and {own['kid']:.1f}.",
+        f"network's pictures from other noise; its own pictures are at 0 and {own['kid']:.1f}.",
         "",
         "| removed by | budget | updates | build, min | PSNR, dB | 1 - cos | KID |",
         "|---|--:|--:|--:|--:|--:|--:|",

@@ -29,8 +29,8 @@ def show(monkeypatch):
 def result(by, share, steps, **changed):
     return {
         "name": f"{by}, {share}, {steps}", "by": by, "share": share, "steps": steps,
-        "psnr_db": 20.0 + steps / 100, "speedup": 1.25, "megabytes": 12.0, "removed": {"parameters": share, "flops": share / 2},
-        "remark": "", **changed,
+        "psnr_db": 20.0 + steps / 100, "speedup": 1.25, "megabytes": 12.0,
+        "removed": {"parameters": share, "flops": share / 2}, "remark": "", **changed,
     }  # fmt: skip
 
 
