@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,9 +59,14 @@ class PartModule(nn.Module):
         self._part = part
         self._inputs = (*part.inputs, *swappable)
         stored = sorted(used_weights(part) - set(swappable))
-        self._names = {name: name.replace(".", "__") for name in stored}
+        self._names = {name: self.attribute(name) for name in stored}
         for name, attribute in self._names.items():
             self.register_buffer(attribute, weights[name])
+
+    @staticmethod
+    def attribute(name: str) -> str:
+        """What a weight is called here, and in the model."""
+        return name.replace(".", "__")
 
     def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The part's outputs."""
@@ -116,20 +121,21 @@ def export_part(
     lowered = Part(part.name, part.depends, graph, part.outputs)
     places, ranks = inputs(graph), _rank_axes(lowered, adapters)
     module = PartModule(lowered, own, tuple(ranks)).eval()
-    dynamic = (*(_open_axes(node) for node in places), *ranks.values())
-    examples = [_example(node) for node in places]
+    dynamic = (*(open_axes(node) for node in places), *ranks.values())
+    examples = [example(node) for node in places]
     examples += [_of_rank(own[name], axes) for name, axes in ranks.items()]
-    model = _exported(part, module, examples, dynamic, tuple(ranks))
+    model = exported(part, module, examples, dynamic, tuple(ranks))
     make_overridable(model, {name: own[name] for name in ranks}, ranks)
     strip(model)
     return model
 
 
-def _exported(
+def exported(
     part: Part, module: nn.Module, examples: Sequence[torch.Tensor],
-    dynamic: Sequence[dict[int, Any]], swappable: Sequence[str],
+    dynamic: Sequence[dict[int, Any]], swappable: Sequence[str] = (),
+    translations: Mapping[Any, Any] = TRANSLATIONS, reader: str = "onnx",
 ) -> Any:  # fmt: skip
-    """The module of a part as an onnx_ir model.
+    """The module of a part as an onnx_ir model, its ops written as `translations` say.
 
     Raises:
         BackendError: an op of it has no ONNX form.
@@ -148,7 +154,7 @@ def _exported(
                 opset_version=OPSET,
                 input_names=[*part.inputs, *swappable],
                 output_names=list(part.outputs),
-                custom_translation_table=TRANSLATIONS,
+                custom_translation_table=dict(translations),
                 verbose=False,
                 optimize=False,
             )
@@ -157,7 +163,7 @@ def _exported(
         except Exception as error:
             reason = str(error).strip().splitlines()[0]
             raise BackendError(
-                f"onnx: the part {part.name!r} has no ONNX form: {reason}"
+                f"{reader}: the part {part.name!r} has no ONNX form: {reason}"
             ) from error
     return program.model
 
@@ -211,19 +217,24 @@ def make_overridable(
             model.graph.register_initializer(value)
 
 
-def _open_axes(node: fx.Node) -> dict[int, Any]:
+def open_axes(node: fx.Node) -> dict[int, Any]:
+    """The axes of open size of an input, for torch.export."""
     shape = value_of(node).shape
     return {a: torch.export.Dim.AUTO for a, size in enumerate(shape) if not isinstance(size, int)}
 
 
-def _example(node: fx.Node) -> torch.Tensor:
+def example(node: fx.Node) -> torch.Tensor:
+    """Zeros in an input's place."""
     value = value_of(node)
     shape = [size if isinstance(size, int) else size.node.hint for size in value.shape]
     return torch.zeros(shape, dtype=value.dtype)
 
 
-def strip(model: Any) -> None:
-    """Drop inferable types, and metadata: stack traces name the build machine's folders."""
+def strip(model: Any, kept: Collection[str] = ()) -> None:
+    """Drop inferable types, and metadata: stack traces name the build machine's folders.
+
+    Small initializers get short names, but those in `kept`.
+    """
     model.producer_name, model.producer_version = "effuse", None
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
@@ -243,7 +254,9 @@ def strip(model: Any) -> None:
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     for value in list(model.graph.initializers.values()):
-        if value.const_value.nbytes < INLINE_BYTES and value not in outputs | places:
+        if value.const_value.nbytes < INLINE_BYTES and value not in outputs | places and (
+            value.name not in kept
+        ):
             value.name = f"c{len(seen)}"
             seen.add(value.name)
 
