@@ -16,6 +16,7 @@ from effuse.errors import ArtifactError, require
 from effuse.report_charts import layer_caption, layer_chart, plan_chart
 from effuse.report_pictures import comparison_table, comparison_view, leads
 from effuse.report_plan import guidance_line, plan_line, plan_picture, plan_table
+from effuse.report_prune import prune_lines, prune_view, pruned_table
 from effuse.report_tables import (
     details_tables,
     facts,
@@ -37,7 +38,7 @@ Manifest = Mapping[str, Any]
 # Columns of figures, set flush right wherever they appear.
 FIGURES = {
     *("nodes", "parameters", "MB", "GFLOPs", "layers", "steps", "bytes"),
-    *("SQNR, dB", "SQNR of a full step, dB"),
+    *("score", "SQNR, dB", "SQNR of a full step, dB"),
     *("s a run", "ms a step", "speed-up", "PSNR, dB", "worst picture", "worst step"),
 }
 
@@ -67,14 +68,15 @@ class Report:
         console = console or require("rich.console").Console()
         show, picture = console.print, plan_picture(self.manifest, console.width)
         guided = guidance_line(self.manifest)
-        found = [*tables(self.manifest), kept_table(self.manifest)]
+        found = [*tables(self.manifest), kept_table(self.manifest), pruned_table(self.manifest)]
         show(plain(headline(self.manifest)))
         for line in facts(self.manifest, self.seconds):
             show(plain(line))
         for table in found if picture else (*found, plan_table(self.manifest)):
             if table.rows:
                 show(rich_table(table))
-        for line in filter(None, (plan_line(self.manifest), *picture, guided)):
+        lines = (*prune_lines(self.manifest), plan_line(self.manifest), *picture, guided)
+        for line in filter(None, lines):
             show(plain(line))
         if self.evaluation is not None:
             show(rich_table(comparison_table(self.evaluation)))
@@ -170,6 +172,7 @@ def section_view(name: str, report: Report) -> dict[str, Any]:
         "layers_line": layers_line(manifest),
         "layer_chart": layer_chart(manifest),
         "layer_caption": layer_caption(manifest),
+        "pruning": prune_view(manifest),
         "kept": kept_table(manifest),
         "layers": layers_table(manifest),
         "plan": plan_table(manifest),

@@ -33,6 +33,7 @@ STYLE = {
     "svg.hashsalt": "effuse",
     "font.size": 10,
     "text.color": INK,
+    "text.parse_math": False,  # names may hold dollars
     "axes.edgecolor": FAINT,
     "axes.labelcolor": INK,
     "axes.spines.top": False,
@@ -189,12 +190,12 @@ def layer_caption(manifest: Manifest) -> str:
     return f"The chart shows the {CHARTED_LAYERS} worst." if count > CHARTED_LAYERS else ""
 
 
-def chart(draw: Any, height: float) -> Any:
-    """A matplotlib chart, `height` inches high, as markup in the page's colours and font."""
+def chart(draw: Any, height: float, width: float = 10.4) -> Any:
+    """A matplotlib chart, sized in inches, as markup in the page's colours and font."""
     matplotlib, figures = require("matplotlib"), require("matplotlib.figure")
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE):
-        figure = figures.Figure(figsize=(10.4, height), layout="constrained")
+        figure = figures.Figure(figsize=(width, height), layout="constrained")
         draw(figure.subplots())
         figure.savefig(buffer, format="svg", transparent=True)
     return require("markupsafe").Markup(page_svg(buffer.getvalue()))
