@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from effuse.backends.onnx_integer import NATIVE, STORED, unsupported
 from effuse.backends.onnx_ops import TRANSLATIONS, prepare
+from effuse.devices import CPU, device_of, missing
 from effuse.errors import BackendError, require
 from effuse.graph import clone, evaluate, inputs, value_of
 from effuse.onnx_store import INLINE_BYTES, Store
@@ -32,8 +33,8 @@ NARROW = ("FLOAT16", "BFLOAT16", "INT8", "UINT8", "INT4", "UINT4")
 
 
 def absent(target: str | None) -> str | None:
-    """Why what was built for `target` does not run here: it does."""
-    return None
+    """Why what was built for `target` does not run here, or None."""
+    return missing(device_of(target))
 
 
 def available() -> str | None:
@@ -90,7 +91,7 @@ def build(
     models = {}
     for number, part in enumerate(program.parts):
         progress("export to ONNX", number, len(program.parts))
-        models[part.name] = export_part(part, program.weights, program.adapters)
+        models[part.name] = export_part(part, program.weights, program.adapters, target)
         store.take(models[part.name])
     adapters = require("onnx_ir.tensor_adapters")
     for name in {each for slot in program.adapters for each in (slot.rows, slot.columns) if each}:
@@ -103,15 +104,16 @@ def build(
 
 
 def export_part(
-    part: Part, weights: Mapping[str, torch.Tensor], adapters: Sequence[Adapter] = ()
-) -> Any:
+    part: Part, weights: Mapping[str, torch.Tensor], adapters: Sequence[Adapter] = (),
+    target: str | None = None,
+) -> Any:  # fmt: skip
     """One part as an onnx_ir model, stripped of everything that names the build machine.
 
     The adapters' factors are initializers that a run may override, of any rank.
     """
     graph, _ = clone(part.graph)
     own = copied(weights)
-    prepare(graph, own)
+    prepare(graph, own, contrib=device_of(target).contrib)
     if missing := unsupported(graph):
         raise BackendError(
             f"onnx: ONNX Runtime computes nothing with {missing} (in the part {part.name!r}); the "
@@ -254,8 +256,10 @@ def strip(model: Any, kept: Collection[str] = ()) -> None:
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     for value in list(model.graph.initializers.values()):
-        if value.const_value.nbytes < INLINE_BYTES and value not in outputs | places and (
-            value.name not in kept
+        if (
+            value.const_value.nbytes < INLINE_BYTES
+            and value not in outputs | places
+            and (value.name not in kept)
         ):
             value.name = f"c{len(seen)}"
             seen.add(value.name)
@@ -276,5 +280,8 @@ def _quiet() -> Iterator[None]:
 
 
 def load_session(spec: ProgramSpec, folder: Path) -> Session:
-    """A Session over the built files."""
-    return open_session(spec, folder)
+    """A Session over the built files, on the CPU whatever they were built for."""
+    return open_session(spec, folder, providers=[CPU])
+
+
+rehearse = load_session

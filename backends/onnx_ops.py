@@ -193,12 +193,13 @@ TRANSLATIONS: dict[Any, Any] = {
 }
 
 
-def prepare(graph: fx.Graph, weights: WeightStore) -> None:
-    """Rewrite a copy of a part for ONNX Runtime; exact."""
+def prepare(graph: fx.Graph, weights: WeightStore, contrib: bool = True) -> None:
+    """Rewrite a copy of a part for ONNX Runtime, with its own operators or without; exact."""
     idle_squeezes(graph)
-    fuse_attention(graph)
-    bind_integer_layers(graph)
-    bind_nbits(graph, weights)
+    if contrib:
+        fuse_attention(graph)
+        bind_integer_layers(graph)
+        bind_nbits(graph, weights)
     restore_weights(graph)
     transpose_quantized(graph, weights)
     eliminate(graph)

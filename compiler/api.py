@@ -226,25 +226,31 @@ def load(
 ) -> Compiled:
     """Load an artifact; an ONNX one needs numpy and onnxruntime only.
 
-    One for a GPU loads without one too, for its report and plan; a call then says what is missing.
+    One for a device that is not here loads too, for its report and plan; a call then says what is
+    missing.
 
     Args:
         path: the folder or zip.
         threads: for one operator in onnxruntime; 0 lets it choose.
-        providers: onnxruntime's execution providers in order of preference; the CPU by default.
+        providers: onnxruntime's execution providers in order of preference; by default those of
+            the target that it was compiled for, else the CPU.
 
     Raises:
         ArtifactError: the artifact is damaged, unsafe, or newer than this effuse.
     """
     opened = artifact.Opened(path)
     manifest, folder = opened.manifest, opened.folder
-    here = not _elsewhere(manifest)
+    here = not _elsewhere(manifest, tuple(providers))
     session = _open(manifest, folder, threads, tuple(providers), str(path)) if here else None
     return Compiled(session, manifest, folder, keep=opened)
 
 
-def _elsewhere(manifest: Mapping[str, Any]) -> bool:
-    """Whether it is built for a GPU and none is here: then it can be read, but not run."""
+def _elsewhere(manifest: Mapping[str, Any], providers: tuple[str, ...]) -> bool:
+    """Whether it is built for a device that is not here: then it can be read, but not run."""
+    if manifest.get("backend") == "onnx":
+        from effuse.devices import device_of, missing
+
+        return not providers and missing(device_of(manifest.get("target"))) is not None
     if manifest.get("backend") != "triton":
         return False
     require("torch")
@@ -269,7 +275,8 @@ def _open(
     if backend == "onnx":
         from effuse.ort import open_session
 
-        return open_session(spec, folder, threads=threads, providers=providers)
+        target = manifest.get("target")
+        return open_session(spec, folder, threads=threads, providers=providers, target=target)
     if backend == "reference":
         require("torch")
         from effuse.backends.reference import load_session

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from effuse.devices import check_formats, check_sizes
 from effuse.errors import ConfigError, nearest, require
 from effuse.plan import to_json
 from effuse.targets import check_backend, check_target
@@ -23,7 +24,7 @@ try:
     )
 
     from effuse.draw import DRAWS
-    from effuse.passes import BY_NAME, ORDER, PRESETS, Pass
+    from effuse.passes import BY_NAME, ORDER, PRESETS, AutoBits, Pass, Quantize
 except ModuleNotFoundError as missing:
     require(str(missing.name))  # says what installs it
     raise
@@ -76,6 +77,9 @@ class Config(BaseModel):
         except ValidationError as error:
             raise own_error(error) or ConfigError(f"config: {first_problem(error)}") from None
         check_backend(self.target, self.backend)
+        if self.backend in ("auto", "onnx"):
+            check_formats(self.target, *formats_asked(self.passes))
+            check_sizes(self.target, list(self.dynamic))
 
     @field_validator("passes", mode="before")
     @classmethod
@@ -189,6 +193,14 @@ def make_pass(value: Any) -> Pass:
         return TypeAdapter(kind).validate_python(options)
     except ValidationError as error:
         raise ConfigError(f"passes: {name}: {first_problem(error)}") from None
+
+
+def formats_asked(passes: Sequence[Pass]) -> tuple[list[str], list[str]]:
+    """The formats that passes quantize in, and when they find ranges of activations."""
+    whole = [each for each in passes if isinstance(each, Quantize)]
+    mixed = [name for each in passes if isinstance(each, AutoBits) for name in each.formats]
+    single = [name for each in whole for name in (each.format, *dict(each.layers).values())]
+    return single + mixed, [each.activations for each in whole]
 
 
 def legal_order(passes: Sequence[Pass]) -> tuple[Pass, ...]:

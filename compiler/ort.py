@@ -10,7 +10,8 @@ from typing import Any
 
 import onnxruntime
 
-from effuse.errors import ArtifactError, InputError
+from effuse.devices import CPU, Device, device_of, missing, plugin_devices
+from effuse.errors import ArtifactError, BackendError, InputError
 from effuse.plan import PartSpec, ProgramSpec
 from effuse.runtime import Run, Session
 
@@ -29,25 +30,59 @@ CONFIG = {
 
 
 def open_session(
-    spec: ProgramSpec, folder: Path, *, threads: int = 0, providers: Sequence[str] = ()
-) -> Session:
-    """A Session over `<part>.onnx` in `folder`.
+    spec: ProgramSpec, folder: Path, *, threads: int = 0, providers: Sequence[Any] = (),
+    target: str | None = None,
+) -> Session:  # fmt: skip
+    """A Session over `<part>.onnx`, or `<part>.ort`, in `folder`.
 
     Args:
         threads: for one operator; 0 lets onnxruntime choose.
-        providers: execution providers in order of preference; the CPU by default.
+        providers: execution providers in order of preference; by default those of the target.
+        target: the device that the files were built for; None: this machine's CPU.
+
+    Raises:
+        BackendError: onnxruntime here lacks the device's provider.
+        ArtifactError: a file cannot be loaded.
     """
     _share_memory()
+    device = device_of(target)
+    if not providers and (reason := missing(device)):
+        raise BackendError(reason)
+    options = session_options(device, threads)
+    chosen = list(providers or device.providers)
+    if not providers and (found := plugin_devices(device)):
+        options.add_provider_for_devices(found, dict(device.providers[0][1]))
+        chosen = []
+    runs = {part.name: _run(part, folder, options, chosen) for part in spec.parts}
+    return Session(spec, runs)
+
+
+def session_options(device: Device, threads: int = 0) -> Any:
+    """The options of a session on a device."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = ERRORS_ONLY
     # an int8 UNet took 67.5 ms in the default order and 65.1 in this one, with no more memory
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
-    for key, value in CONFIG.items():
+    for key, value in {**CONFIG, **device.settings}.items():
         options.add_session_config_entry(key, value)
-    chosen = list(providers) or ["CPUExecutionProvider"]
-    runs = {part.name: _run(part, folder, options, chosen) for part in spec.parts}
-    return Session(spec, runs)
+    return options
+
+
+def _check_first(session: Any, providers: Sequence[Any]) -> None:
+    """See that the first provider runs: onnxruntime leaves out one whose libraries are missing.
+
+    Raises:
+        BackendError: it was left out.
+    """
+    if not providers:
+        return
+    wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    if wanted not in session.get_providers():
+        raise BackendError(
+            f"{wanted}: onnxruntime has it and could not start it (its log says why; for CUDA: the "
+            f"driver, or libraries of another version); or ask for the CPU: providers=[{CPU!r}]"
+        )
 
 
 @cache
@@ -60,12 +95,19 @@ def _share_memory() -> None:
         onnxruntime.create_and_register_allocator(memory, None)
 
 
-def _run(part: PartSpec, folder: Path, options: Any, providers: list[str]) -> Run:
-    path = folder / f"{part.name}.onnx"
+def model_file(folder: Path, part: str) -> Path:
+    """The file of a part: in ORT format where that is there, else in ONNX."""
+    small = folder / f"{part}.ort"
+    return small if small.is_file() else folder / f"{part}.onnx"
+
+
+def _run(part: PartSpec, folder: Path, options: Any, providers: list[Any]) -> Run:
+    path = model_file(folder, part.name)
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers or None)
     except Exception as error:  # onnxruntime's exceptions have no common base
         raise ArtifactError(f"{path.name}: onnxruntime cannot load it: {error}") from error
+    _check_first(session, providers)
     names = {item.name for item in session.get_inputs()}
     names |= {item.name for item in session.get_overridable_initializers()}
 

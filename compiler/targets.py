@@ -1,4 +1,4 @@
-"""What a program can be built for, present or not: CPUs by their instructions, GPUs by their chip.
+"""What a program can be built for, present or not: devices of ONNX Runtime, GPUs by their chip.
 
 Facts about chips are rows of `GPUS`. A GPU runs what was built for its own compute capability; the
 low-bit arithmetic of tensor cores differs by generation: int8 from sm_80, e4m3 from sm_89.
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from effuse.devices import DEVICES
 from effuse.errors import ConfigError, nearest
-
-CPUS = ("cpu", "cpu-avx2", "cpu-avx512vnni", "cpu-neon")  # what instructions are there
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ GPUS = {
         Gpu("sm_120", "RTX 5090", "mma", 99 << 10, True),
     )
 }
-TARGETS = (*CPUS, *GPUS)
+TARGETS = (*DEVICES, *GPUS)
 
 
 def check_target(name: str) -> None:
@@ -81,10 +80,14 @@ def check_backend(target: str | None, backend: str) -> None:
     """See that target and back end go together.
 
     Raises:
-        ConfigError: a GPU for a back end of CPUs, or the other way round.
+        ConfigError: a GPU's chip for a back end of other devices, or the other way round.
     """
-    if backend == "triton" and target in CPUS:
-        raise ConfigError(f"target: {target!r} is a CPU; backend='triton' builds for {list(GPUS)}")
+    device = DEVICES.get(target or "")
+    if device is not None and backend == "triton":
+        kind = "a CPU" if device.is_cpu else "for ONNX Runtime"
+        raise ConfigError(f"target: {target!r} is {kind}; backend='triton' builds for {list(GPUS)}")
+    if device is not None and backend == "reference" and not device.is_cpu:
+        raise ConfigError(f"target: {target!r} is for ONNX Runtime; set backend='onnx'")
     if target in GPUS and backend not in ("triton", "auto"):
         raise ConfigError(
             f"target: {target!r} is a GPU, which backend={backend!r} does not build for; set "
