@@ -10,6 +10,8 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from effuse.distill_loss import SHARES, Matched, feature_loss, match_features, o
 from effuse.distill_network import Network, Wanted, check_trainable, trainable
 from effuse.distill_state import Folder, State
 from effuse.errors import CalibrationError, ConfigError, InputError, nearest
-from effuse.metrics import sqnr_db
+from effuse.metrics import CEILING_DB, sqnr_db
 from effuse.program import Program
 from effuse.weights import copied
 
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 SMOOTH = 0.9  # of the losses' moving average, by which a training is watched
 EXPLODED = 10.0  # times the loss that it began with
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a weight
+CHARTED = 200  # points of the loss's course in the record
 KEEP = 10  # steps between two looks whether the average is the best so far
 
 Progress = Callable[[int, int, float], None]  # done, total, loss
@@ -357,6 +360,31 @@ def notes(found: Trained) -> list[str]:
     return [*told, found.warning] if found.warning else told
 
 
+def course(found: Trained) -> dict[str, Any]:
+    """The training as data: the smoothed loss over the updates, and the outputs' relative error."""
+    every = (each.loss for each in found.history)
+    losses = list(accumulate(every, _smoother, initial=found.before.loss))
+    count = len(found.history)
+    shown = sorted({round(each) for each in torch.linspace(0, count, CHARTED).tolist()})
+    return {
+        "updates": shown,
+        "loss": [_figure(losses[each]) for each in shown],
+        "before": _relative_error(found.before),
+        "after": _relative_error(found.after),
+        "updates_total": count,
+    }
+
+
+def _relative_error(quality: Quality) -> float | None:
+    """‖given - wanted‖ / ‖wanted‖ over all outputs; None where it is not finite."""
+    return None if quality.sqnr_db <= -CEILING_DB else _figure(10 ** (-quality.sqnr_db / 20))
+
+
+def _figure(value: float) -> float | None:
+    """Four digits of a number; None where it is not finite."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None
+
+
 def retrained(program: Program, found: Trained) -> Program:
     """The program with the weights that a training gave."""
     stored = copied(program.weights)
@@ -367,10 +395,11 @@ def retrained(program: Program, found: Trained) -> Program:
 
 def smoothed(history: Iterable[Entry], start: float) -> float:
     """The moving average of the losses, from `start` on."""
-    found = start
-    for each in history:
-        found = SMOOTH * found + (1 - SMOOTH) * each.loss
-    return found
+    return reduce(_smoother, (each.loss for each in history), start)
+
+
+def _smoother(found: float, loss: float) -> float:
+    return SMOOTH * found + (1 - SMOOTH) * loss
 
 
 def _flat(outputs: Sequence[Tensor]) -> Tensor:

@@ -26,7 +26,17 @@ from effuse.calibrate import drive, nested
 from effuse.capture import capture
 from effuse.distill_data import Call, Listener, Pool, Source, Trajectories, sampler
 from effuse.distill_network import Network
-from effuse.distill_train import Entry, Progress, Quality, Recipe, Trained, notes, retrained, train
+from effuse.distill_train import (
+    Entry,
+    Progress,
+    Quality,
+    Recipe,
+    Trained,
+    course,
+    notes,
+    retrained,
+    train,
+)
 from effuse.errors import ConfigError, InputError
 from effuse.graph import record
 from effuse.plan import Input, Role, to_json
@@ -366,6 +376,7 @@ def training_record(program: Program, found: Trained, recipe: Recipe) -> Record:
         notes=tuple(notes(found)),
         error=None if error is None else float(f"{error:.3g}"),
         sqnr_db=None if ratio is None else round(ratio, 2),
+        data=course(found),
     )
 
 

@@ -291,7 +291,7 @@ def additivity_chart(manifest: Manifest) -> Any:
 def recovery_chart(manifest: Manifest) -> Any:
     """The loss over the updates, as inline SVG."""
     data = pass_data(manifest, "distill")
-    if not data.get("updates"):
+    if len(data.get("updates", ())) < 2:
         return ""
 
     def draw(axes: Any) -> None:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from effuse.distill_data import Listener, Pool
 from effuse.distill_network import Network
-from effuse.distill_train import Recipe, notes, retrained, train
+from effuse.distill_train import Recipe, course, notes, retrained, train
 from effuse.errors import PassError
 from effuse.passes.base import Pass, Work
 from effuse.program import Program
@@ -83,4 +83,5 @@ class Distill(Pass):
         )  # fmt: skip
         for note in notes(found):
             work.log.note(note)
+        work.log.data.update(course(found))
         return retrained(program, found)

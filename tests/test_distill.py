@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import math
 from dataclasses import replace
@@ -20,7 +21,7 @@ from effuse.distill_data import Call, Listener, Pool, Trajectories, ddim, euler,
 from effuse.distill_loss import feature_loss, match_features, output_loss
 from effuse.distill_network import Network, trainable
 from effuse.distill_state import Folder, State
-from effuse.distill_train import Recipe, smoothed, train
+from effuse.distill_train import Entry, Quality, Recipe, Trained, course, smoothed, train
 from effuse.errors import CalibrationError, ConfigError, InputError, PassError
 from effuse.metrics import sqnr_db
 from effuse.pass_manager import run_passes
@@ -675,6 +676,38 @@ def test_the_pass_recovers_what_the_one_before_has_cost():
     assert hoist.sqnr_db == pytest.approx(distill.sqnr_db, abs=0.5)
     assert distill.rewrites == {"train": 1} and "80 updates" in distill.notes[0]
     assert distill.options["steps"] == 80 and "resume" not in distill.options
+
+
+def test_the_record_holds_the_course_of_the_training():
+    made = rewritten(Removal(), Distill(steps=80, rate=5e-3, ema=0.95))
+    data = made.records[-1].to_json()["data"]
+    assert data["updates"] == list(range(81)) and data["updates_total"] == 80
+    assert data["loss"][-1] < data["loss"][0] / 2
+    assert data["after"] < data["before"] < 1
+    assert json.loads(json.dumps(data)) == data
+
+
+def trained(losses, *ratios):
+    history = tuple(Entry(n, 1e-3, loss, 0.0, loss, 0.0) for n, loss in enumerate(losses))
+    before, after = (Quality(losses[0] if losses else 1.0, ratio) for ratio in ratios)
+    return Trained(
+        {}, history, before, after, match_features(Network(teacher()), Network(teacher()))
+    )
+
+
+@pytest.mark.parametrize(("count", "points"), [(0, 1), (7, 8), (199, 200), (5000, 200)])
+def test_the_course_has_at_most_200_points_from_the_first_to_the_last(count, points):
+    found = trained([2.0] * count, 20.0, 40.0)
+    data = course(found)
+    assert (data["updates"][0], data["updates"][-1], data["updates_total"]) == (0, count, count)
+    assert len(data["updates"]) == len(data["loss"]) == points
+    assert (data["before"], data["after"]) == (0.1, 0.01)
+    assert data["loss"][-1] == pytest.approx(smoothed(found.history, found.before.loss))
+
+
+def test_the_course_of_a_training_that_broke_is_json():
+    data = course(trained([1.0, math.nan], -200.0, 200.0))
+    assert data["loss"] == [1.0, 1.0, None] and data["before"] is None and data["after"] == 1e-10
 
 
 def test_the_pass_stands_before_quantization():

@@ -232,10 +232,10 @@ def recovered(**changes):
 
 
 def test_recovery_alone_and_one_that_diverged_at_once(tmp_path):
-    given = recovered(updates=[], loss=[], before=None, updates_total=0)
+    given = recovered(updates=[0], loss=[3.0], before=None, updates_total=0)
     words = shown(page(tmp_path, given))
     assert "Recovery by training 0 updates took" in words and "one that is not finite to" in words
-    assert "Pruned" not in words
+    assert "Pruned" not in words and "loss, smoothed" not in words
     assert "loss, smoothed" in shown(page(tmp_path, recovered(loss=[1.0, None, 0.5])))
 
 
