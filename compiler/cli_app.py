@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from effuse import __version__, cli_artifact, cli_network
+from effuse import __version__, cli_artifact, cli_lint, cli_network
 from effuse.cli_options import Verbs
 
 VERBS: tuple[tuple[str, Callable[..., None]], ...] = (
@@ -19,6 +19,7 @@ VERBS: tuple[tuple[str, Callable[..., None]], ...] = (
     ("dump", cli_network.dump),
     ("diff", cli_artifact.diff),
     ("bisect", cli_network.bisect),
+    ("lint", cli_lint.lint),
     ("passes", cli_artifact.passes),
     ("presets", cli_artifact.presets),
     ("doctor", cli_artifact.doctor),

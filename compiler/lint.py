@@ -1,8 +1,8 @@
 """Rules that a target's documentation states, checked on any ONNX file without the target.
 
 Nothing of the target need be installed. A rule is a row of data (`effuse.lint_rules.Rule`); the
-rows are in `lint_rules_common`, `lint_rules_tensorrt`, `lint_rules_onnxruntime` and
-`lint_rules_openvino`.
+rows are in `lint_rules_common`, `_tensorrt`, `_trt_ops`, `_onnxruntime` and `_openvino`; the checks
+that they share in `lint_rules_qdq` and `lint_rules_ops`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effuse.errors import ConfigError, nearest
 from effuse.lint_files import read
 from effuse.lint_onnx import Model, Version
 from effuse.lint_rules import Rule, Severity
+from effuse.lint_rules_common import COMMON
+from effuse.lint_rules_onnxruntime import ONNXRUNTIME
+from effuse.lint_rules_openvino import OPENVINO
 from effuse.lint_rules_tensorrt import TENSORRT
+from effuse.lint_rules_trt_ops import TENSORRT_OPS
 
 if TYPE_CHECKING:
     import onnx
@@ -27,10 +30,12 @@ if TYPE_CHECKING:
 
     AnyModel = str | os.PathLike[str] | onnx.ModelProto | ir.Model
 
-RULES: tuple[Rule, ...] = (*TENSORRT,)
+RULES: tuple[Rule, ...] = (*COMMON, *TENSORRT, *TENSORRT_OPS, *ONNXRUNTIME, *OPENVINO)
 NEWEST: dict[str, tuple[str, Version]] = {  # target -> whose rules, the version taken for granted
     "tensorrt-10": ("tensorrt", (10, 16)),
     "tensorrt-11": ("tensorrt", (11, 5)),
+    "onnxruntime": ("onnxruntime", (1, 31)),
+    "openvino": ("openvino", (2026, 4)),
 }
 TARGETS = tuple(NEWEST)
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
@@ -133,14 +138,3 @@ def rules_of(target: str, version: str | None = None) -> tuple[Rule, ...]:
     """
     family, number = resolve(target, version)
     return tuple(rule for rule in RULES if rule.applies(family, number))
-
-
-def files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
-    """The ONNX files that a path stands for: itself, or those of an artifact's folder.
-
-    Raises:
-        ArtifactError: there is none.
-    """
-    from effuse.lint_files import onnx_files
-
-    return onnx_files(Path(path))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePath
 from typing import Any
 
+from effuse.artifact import MANIFEST, Opened
 from effuse.errors import ArtifactError, require
 from effuse.lint_onnx import ONNX_DOMAINS, Model, Version
 
@@ -92,7 +96,7 @@ def check_opsets(proto: Any, name: str) -> None:
 
 
 def check_external(model: Any, path: Path) -> None:
-    """See that every file of external data is there.
+    """See that every file of external data is there; a rule names those of other folders.
 
     Raises:
         ArtifactError: one is missing.
@@ -100,7 +104,11 @@ def check_external(model: Any, path: Path) -> None:
     external = require("onnx_ir").ExternalTensor
     tensors = (v.const_value for g in model.graphs() for v in g.initializers.values())
     for tensor in tensors:
-        if isinstance(tensor, external) and not Path(tensor.path).is_file():
+        if not isinstance(tensor, external):
+            continue
+        location = PurePath(str(tensor.location))
+        inside = not location.is_absolute() and ".." not in location.parts
+        if inside and not Path(tensor.path).is_file():
             raise ArtifactError(
                 f"{path}: its external data {str(tensor.location)!r} are missing; copy them into "
                 "the model's folder"
@@ -113,15 +121,18 @@ def typed(model: Any) -> Any:
     return passes.ShapeInferencePass(check_type=False, strict_mode=False)(model).model
 
 
-def onnx_files(path: Path) -> tuple[Path, ...]:
-    """A file as it is; of a folder the ONNX files in it.
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[Path, ...]]:
+    """The ONNX files that a path stands for: itself, or those of an artifact's folder or zip.
 
     Raises:
-        ArtifactError: the folder has none.
+        ArtifactError: it is missing, an artifact that is damaged, or has none.
     """
-    if not path.is_dir():
-        return (path,)
-    found = tuple(sorted(path.glob("*.onnx")))
+    if not path.is_dir() and not zipfile.is_zipfile(path):
+        yield (path,)
+        return
+    holder = Opened(path) if path.is_file() or (path / MANIFEST).is_file() else None
+    found = tuple(sorted((holder.folder if holder else path).glob("*.onnx")))
     if not found:
         raise ArtifactError(f"{path}: no ONNX file in it; compile with --backend onnx")
-    return found
+    yield found
