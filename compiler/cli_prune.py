@@ -64,7 +64,8 @@ def merged(candidates: Sequence[Any]) -> list[dict[str, Any]]:
     rows: dict[Any, dict[str, Any]] = {}
     for number, each in enumerate(candidates):
         key = number if each.site is None else (each.site.kind, each.site.name, id(each.site))
-        named = {"name": each.path, "kind": each.kind, "action": each.action}
+        name = each.site.name if each.site else each.name
+        named = {"name": name, "kind": each.kind, "action": each.action}
         row = rows.setdefault(key, {**named, "count": 0, "parameters": 0, "flops": 0})
         row["count"] += 1
         row["parameters"] += each.parameters

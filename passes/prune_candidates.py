@@ -8,7 +8,7 @@ together, whose layers lose rows and columns.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from effuse.cost import node_flops
 from effuse.graph import calls, module_path, value_of
 from effuse.log import Log
 from effuse.passes.prune_axes import FREE, Atoms, Untied, rank, size
+from effuse.passes.prune_names import branch_path, distinct
 from effuse.passes.prune_ties import Axis, Labels, closure, renamed
 from effuse.passes.skip_blocks import Block, find_blocks
 from effuse.program import Part, Program
@@ -43,11 +44,13 @@ LINEARS = (aten.linear.default,)
 class Site:
     """Positions between layers that can be cut, and to which of `count` atoms each belongs.
 
-    `labels` are by the value's name and its axis.
+    `labels` are by the value's name and its axis; `name` is the module path, with more behind it
+    where several sites of the kind share that.
     """
 
     kind: Kind
     name: str
+    path: str
     count: int
     labels: Mapping[tuple[str, int], Atoms]
 
@@ -57,7 +60,7 @@ class Candidate:
     """One thing that can go.
 
     Args:
-        name: the module path, and which of its atoms.
+        name: the module path, and which of its atoms; no two of a kind share one.
         path: the module path, for `include` and `exclude`.
         kind: what it is.
         parameters: that go with it alone.
@@ -113,13 +116,21 @@ def residual_candidates(program: Program, kind: Any, log: Log) -> Iterator[Candi
     nodes = {node.name: node for node in part.graph.nodes}
     if kind == "span":
         _reject_sums(Structure(part, program), log)
-    for block in find_blocks(program, "unit" if kind == "span" else "block"):
+    blocks = find_blocks(program, "unit" if kind == "span" else "block")
+    for block, name in zip(blocks, block_names(blocks, nodes), strict=True):
         dead = [nodes[name] for name in nodes.keys() - live(part.graph, block)]
         gone = own_weights(part, block)
         parameters = sum(peek(program.weights, name).numel() for name in gone)
         flops = sum(map(node_flops, dead))
         action = _action(block, nodes)
-        yield Candidate(block.name, block.name, kind, parameters, flops, action, block)
+        yield Candidate(name, block.name, kind, parameters, flops, action, block)
+
+
+def block_names(blocks: Sequence[Block], nodes: Mapping[str, fx.Node]) -> list[str]:
+    """The blocks' names, told apart by where their branches end."""
+    held = [[branch_path(nodes[join.node], join.shortcut) for join in block.joins]
+            for block in blocks]  # fmt: skip
+    return distinct([block.name for block in blocks], held)
 
 
 def own_weights(part: Part, block: Block) -> set[str]:
@@ -190,6 +201,19 @@ def find_sites(program: Program, kinds: Iterable[Kind], log: Log) -> list[Site]:
             tried.add(seed)
             site = _site(kind, module_path(named) or named.name, seed, stream, taken, log)
             found += [] if site is None else [site]
+    return named_apart(found, part)
+
+
+def named_apart(sites: Sequence[Site], part: Part) -> list[Site]:
+    """The sites, those of one kind at one path told apart by the weights that they cut."""
+    targets = {node.name: str(node.target) for node in part.graph.nodes if node.op == "get_attr"}
+    found: list[Site] = []
+    for kind in dict.fromkeys(site.kind for site in sites):
+        alike = [site for site in sites if site.kind == kind]
+        labelled = [{name for name, _ in site.labels} for site in alike]
+        cut = [[path for name, path in targets.items() if name in each] for each in labelled]
+        names = distinct([site.path for site in alike], cut)
+        found += [replace(site, name=name) for site, name in zip(alike, names, strict=True)]
     return found
 
 
@@ -212,7 +236,7 @@ def _site(
     for key, atoms in labels.items():
         taken[key].update(place for place, atom in enumerate(atoms) if atom != FREE)
     named = {(node.name, axis): atoms for (node, axis), atoms in labels.items()}
-    return Site(kind, name, count, named)
+    return Site(kind, name, name, count, named)
 
 
 def _check_site(kind: str, labels: Labels, count: int, taken: Mapping[Axis, set[int]]) -> None:
@@ -277,7 +301,7 @@ def site_candidates(program: Program, site: Site) -> list[Candidate]:
         elif node.op == "call_function" and axis in (1, rank(node) - 1):
             flops += shares * costs[node]
     return [
-        Candidate(f"{site.name}[{site.kind} {atom}]", site.name, site.kind, round(parameters[atom]),
+        Candidate(f"{site.name}[{site.kind} {atom}]", site.path, site.kind, round(parameters[atom]),
                   round(flops[atom]), ACTIONS[site.kind], None, site, atom)
         for atom in range(site.count)
     ]  # fmt: skip

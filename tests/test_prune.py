@@ -38,6 +38,7 @@ from effuse.passes import (
     Skip,
     prune_axes,
     prune_knapsack,
+    prune_names,
     prune_scores,
     prune_ties,
 )
@@ -139,7 +140,7 @@ def outputs(program, values=None):
 
 
 def test_the_examples_of_the_docstrings_hold():
-    for module in (prune_axes, prune_ties, prune_knapsack, prune_scores):
+    for module in (prune_axes, prune_ties, prune_knapsack, prune_names, prune_scores):
         result = doctest.testmod(module)
         assert result.attempted and not result.failed
 
@@ -287,6 +288,52 @@ class Odd(nn.Module):
 def odd():
     torch.manual_seed(0)
     return captured(Odd(), {"sample": torch.randn(2, 5, 4), "timestep": torch.full((2,), 300.0)})
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_no_two_of_a_kind_share_a_name(net):
+    for kind in KINDS:
+        names = [each.name for each in found(net, kind)]
+        assert len(set(names)) == len(names)
+
+
+def test_blocks_of_one_module_are_named_by_what_they_hold():
+    names = [each.name for each in found("unet", "block")]
+    assert {"up_blocks.0.resnets.0+attentions.0", "up_blocks.0.resnets.1+attentions.1"} < set(names)
+    assert found("unet", "block")[0].path in names[0]
+
+
+class Twice(nn.Module):
+    """Two attentions in one module: their sites share its path."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, sample, timestep):
+        h = sample * torch.cos(timestep.float())[:, None, None]
+        for into, out in ((self.a, self.b), (self.c, self.d)):
+            q = into(h).unflatten(-1, (2, 4)).transpose(1, 2)
+            h = h + out(F.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2))
+        return h
+
+
+def test_sites_of_one_module_are_named_by_their_weights():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Twice()
+
+        def forward(self, sample, timestep):
+            return self.inner(sample, timestep)
+
+    torch.manual_seed(0)
+    values = {"sample": torch.randn(2, 5, 8), "timestep": torch.full((2,), 300.0)}
+    every = find_candidates(captured(Net(), values), ("head",), Log())
+    assert [each.name for each in every] == [
+        "inner.a+b[head 0]", "inner.a+b[head 1]", "inner.c+d[head 0]", "inner.c+d[head 1]"
+    ]  # fmt: skip
+    assert {each.path for each in every} == {"inner"}
 
 
 def test_fused_projections_slices_and_concatenations_are_followed():
