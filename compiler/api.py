@@ -209,7 +209,7 @@ def compile(
         with show.phase("capture"):
             program = build.capture_program(model, inputs, schedule, settings, show)
         with show.phase("rewrite"):
-            program = build.rewrite(program, settings, calibration, show)
+            program = build.rewrite(program, settings, calibration, show, schedule)
         holder = tempfile.TemporaryDirectory(prefix="effuse-")
         folder = Path(holder.name)
         try:

@@ -28,6 +28,7 @@ from effuse.kernels.table import BY_TARGET
 from effuse.metrics import sqnr_db
 from effuse.pass_manager import fuel_from_environment, run_passes
 from effuse.passes import Canonicalize
+from effuse.passes.base import Purpose
 from effuse.plan import Input, Role, to_json
 from effuse.program import Part, Program, run_parts, run_program, same_step
 from effuse.progress import Phases
@@ -156,7 +157,9 @@ def calibrate_for(
     )
 
 
-def rewrite(program: Program, config: Config, feed: Any, show: Phases) -> Program:
+def rewrite(
+    program: Program, config: Config, feed: Any, show: Phases, schedule: Any = None
+) -> Program:
     """Run the passes of the configuration, calibrating when one of them asks for it."""
     if not callable(feed) and feed is not None:
         feed = list(feed)  # it is gone through again where a rewrite makes statistics stale
@@ -178,6 +181,7 @@ def rewrite(program: Program, config: Config, feed: Any, show: Phases) -> Progra
         fuel=fuel_from_environment(),
         dump_to=Path(folder) if folder else None,
         progress=show,
+        purpose=Purpose(pick_backend(config)[0], config.target, schedule),
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from effuse.dump import dump
 from effuse.errors import PassError, VerifyError
 from effuse.log import Log
-from effuse.passes.base import Pass, Work
+from effuse.passes.base import Pass, Purpose, Work
 from effuse.plan import to_json
 from effuse.program import Program, Record
 from effuse.statistics import Calibration
@@ -31,13 +31,14 @@ def run_passes(
     fuel: int | None = None,
     dump_to: Path | None = None,
     progress: Progress = lambda what, done, total: None,
+    purpose: Purpose | None = None,
 ) -> Program:
     """Run `passes` one after another, each one verified.
 
     `fuel` stops rewriting after so many rewrites; `dump_to` gets the text of the graphs after each
     pass. `calibrate` is called by the first pass that needs statistics, and again by a later one
     if any pass has rewritten something since; `drive` samples with a program under the eyes of a
-    pass.
+    pass. `purpose` is what the program is built for, for passes that measure.
 
     Raises:
         PassError: a pass does not apply to this program.
@@ -55,7 +56,8 @@ def run_passes(
         if each.calibrates and calibrate is not None and stale:
             calibration, seen = calibrate(program), len(program.records)
         log = Log(fuel)
-        program = run_pass(program, each, Work(log, calibration, drive, progress, captured), done)
+        work = Work(log, calibration, drive, progress, captured, purpose or Purpose())
+        program = run_pass(program, each, work, done)
         fuel = log.fuel
         done.append(each.name)
         _dump(program, dump_to, number, each.name)

@@ -13,6 +13,15 @@ from effuse.statistics import RANGES_ONLY, Calibration, Needs
 from effuse.watch import Watch
 
 
+@dataclass(frozen=True)
+class Purpose:
+    """What a program is compiled for: a back end and its target, and a schedule as it was given."""
+
+    backend: str = "onnx"
+    target: str | None = None
+    schedule: Any = None
+
+
 @dataclass
 class Work:
     """What a pass is handed beside the program: its log, and calibration if it asked for it.
@@ -26,6 +35,7 @@ class Work:
     drive: Callable[[Program, Watch], None] | None = None
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
     original: Program | None = None
+    purpose: Purpose = field(default_factory=Purpose)
 
 
 @dataclass(frozen=True)
