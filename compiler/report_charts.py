@@ -81,9 +81,9 @@ def step_chart(evaluation: Evaluation) -> Any:
 
 
 def ceiling(evaluation: Evaluation) -> float:
-    """The ratio that higher ones are drawn at, so that lower ones have room, in dB."""
-    found = [v for run in evaluation.runs for v in run.step_sqnr_db if v is not None]
-    return CLIPPED_DB if min(found, default=CLIPPED_DB) < CLIPPED_DB / 1.5 else CEILING_DB
+    """The ratio that higher ones, if any, are drawn at, so that lower ones have room, in dB."""
+    found = [v for run in evaluation.runs for v in run.step_sqnr_db if v is not None] or [0.0]
+    return CLIPPED_DB if min(found) < CLIPPED_DB / 1.5 and max(found) > CLIPPED_DB else CEILING_DB
 
 
 def drawn(value: float | None) -> bool:

@@ -77,8 +77,9 @@ def prune_line(manifest: Manifest) -> str:
     if not every:
         return ""
     count = sum(each["gone"] for each in every)
-    shares = [f"{percent(share, 1)} of the {MEASURES.get(measure, measure)}"
-              for measure, share in data.get("removed", {}).items()]  # fmt: skip
+    found = data.get("removed", {})
+    shares = [f"{percent(found[each], 1)} of the {word}" for each, word in MEASURES.items()
+              if each in found]  # fmt: skip
     removed = f", and with them {' and '.join(shares)}" if shares else ""
     return f"{count} of {len(every)} candidates went{removed}."
 
@@ -110,7 +111,7 @@ def recovery_line(manifest: Manifest) -> str:
     )
     return (
         f"{data['updates_total']} updates took the output's relative error from {before} to "
-        f"{after}, on calls that it was not trained on."
+        f"{after}, measured on a few calls."
     )
 
 

@@ -45,7 +45,8 @@ def facts(manifest: Manifest, seconds: Mapping[str, float]) -> list[str]:
     weights = f", {megabytes(model['weight_bytes'])} MB" if "weight_bytes" in model else ""
     target = f" for {manifest['target']}" if manifest.get("target") else ""
     lines = [
-        f"{quantity(model.get('parameters', 0))} parameters, {model.get('dtype', '?')}{weights}",
+        f"{quantity(model.get('parameters', 0))} parameters, {model.get('dtype', '?')}{weights}, "
+        "as captured",
         f"back end {manifest.get('backend', '?')}{target}, effuse {manifest.get('effuse', '?')}",
     ]
     if manifest.get("fallback"):

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -286,6 +287,16 @@ def test_five_networks_and_the_variants_that_ran(tmp_path):
         assert words in found.words
     text = " ".join(terminal(replace(Report(manifest()), evaluation=many_runs())).split())
     assert "2 × full" in text and "cache + w8a8: 3 steps take" in text
+
+
+def test_a_chart_of_steps_that_are_all_poor_keeps_its_place(tmp_path):
+    """Nothing is drawn above the axes, which would leave no room for them."""
+    found = evaluation()
+    poor = replace(found.runs[1], step_sqnr_db=(20.0, 5.0, -11.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        words = page(tmp_path, compared=replace(found, runs=(poor,))).words
+    assert "75 dB or more" not in words and "SQNR, dB (higher is better)" in words
 
 
 def test_layers_come_worst_first(full):

@@ -53,7 +53,7 @@ def candidate(name, score, gone=False, parameters=1000, kind="span"):
 def pruned(candidates, **changes):
     data = {
         "by": "loss", "measure": "parameters", "budget": 0.2, "candidates": candidates,
-        "removed": {"parameters": 0.213, "flops": 0.274}, **changes,
+        "removed": {"flops": 0.274, "parameters": 0.213}, **changes,
     }  # fmt: skip
     return manifest({"name": "prune", "data": data})
 
