@@ -185,16 +185,29 @@ def no_tensors(model: Model) -> Iterator[Found]:
     for value in model.root.graph.inputs:
         if word := _no_tensor(value):
             yield None, f"the input {value.name!r} is {word}"
-    for node in model.nodes:
-        for word in filter(None, map(_no_tensor, node.outputs)):
-            yield node, f"computes {word}"
+    for node in filter(is_onnx, model.nodes):
+        kinds = _kinds(node, model.opset) | set(map(_no_tensor, node.outputs)) - {""}
+        if kinds:
+            yield node, f"computes {', '.join(sorted(kinds))}"
 
 
 def _no_tensor(value: ir.Value) -> str:
     kind = type(value.type).__name__.removesuffix("Type")
     if value.type is not None and kind != "Tensor":
-        return f"of type {kind}"
+        return f"a {kind.lower()}"
     return "text" if dtype(value) == "STRING" else ""
+
+
+def _kinds(node: ir.Node, opset: int) -> set[str]:
+    """What outputs can only be: `seq`, `optional`, `tensor(string)`; not tensors of numbers."""
+    defs = require("onnx").defs
+    if not defs.has(node.op_type, opset, ""):
+        return set()
+    outputs = defs.get_schema(node.op_type, opset, "").outputs
+    kinds = [
+        {t if t == "tensor(string)" else t.split("(")[0] for t in out.types} for out in outputs
+    ]
+    return {kind for each in kinds if "tensor" not in each for kind in each}
 
 
 def mixed_norm(model: Model) -> Iterator[Found]:

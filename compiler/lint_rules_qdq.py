@@ -276,7 +276,8 @@ def scales_of(scales: Collection[str], types: Collection[str]) -> Check:
 def scale_type(scale: ir.Value | None) -> str:
     """The type that scales are stored in: of a dequantized one, what it is dequantized from."""
     source = None if scale is None else scale.producer()
-    if source is not None and is_onnx(source) and source.op_type in (DEQUANTIZE, "Cast"):
+    widened = source is not None and is_onnx(source) and source.op_type in (DEQUANTIZE, "Cast")
+    if source is not None and widened and dtype(scale) in FLOATS:
         return scale_type(source.inputs[0])
     return dtype(scale)
 
