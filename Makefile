@@ -14,6 +14,7 @@ test: setup  ## lint, types and tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python .ci/typing_tree.py
+	$(BIN)/python .ci/tensorrt_stubs.py
 	$(BIN)/mypy
 	$(TESTS)
 

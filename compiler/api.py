@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from effuse.config import Config
     from effuse.report import Report
+
+ON_GPU = ("tensorrt", "triton")  # back ends of which nothing runs on a CPU
 
 
 class ModelConfig(dict[str, Any]):
@@ -145,7 +148,7 @@ class Compiled:
     @property
     def device(self) -> Any:
         """Where it computes: the CPU, or the GPU that it was compiled for."""
-        name = "cuda" if self.manifest["backend"] == "triton" else "cpu"
+        name = "cuda" if self.manifest["backend"] in ON_GPU else "cpu"
         try:
             import torch
         except ModuleNotFoundError:
@@ -251,12 +254,11 @@ def _elsewhere(manifest: Mapping[str, Any], providers: tuple[str, ...]) -> bool:
         from effuse.devices import device_of, missing
 
         return not providers and missing(device_of(manifest.get("target"))) is not None
-    if manifest.get("backend") != "triton":
+    if manifest.get("backend") not in ON_GPU:
         return False
     require("torch")
-    from effuse.backends import triton
-
-    return triton.absent(manifest.get("target")) is not None
+    backend = importlib.import_module(f"effuse.backends.{manifest['backend']}")
+    return backend.absent(manifest.get("target")) is not None
 
 
 def _open(
@@ -282,9 +284,8 @@ def _open(
         from effuse.backends.reference import load_session
 
         return load_session(spec, folder)
-    if backend == "triton":
+    if backend in ON_GPU:
         require("torch")
-        from effuse.backends import triton
-
-        return triton.load_session(spec, folder)
+        module = importlib.import_module(f"effuse.backends.{backend}")
+        return module.load_session(spec, folder)  # type: ignore[no-any-return]
     raise ArtifactError(f"{name}: built for {backend!r}, which this effuse does not run")

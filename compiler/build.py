@@ -199,12 +199,14 @@ def lower(
     """Build the program into `folder`, check it against reference, and complete the artifact.
 
     What is streamed is neither opened nor checked as a whole: that would take its memory. What
-    cannot run here is checked as far as it was lowered.
+    cannot run here is checked as far as it was lowered. A back end may change the arithmetic before
+    (`adapt`), and says at what cost.
     """
     name, fallback = pick_backend(config)
     backend = importlib.import_module(f"effuse.backends.{name}")
     if reason := backend.available():
         raise BackendError(f"{name}: {reason}")
+    program = backend.adapt(program) if hasattr(backend, "adapt") else program
     told = backend.build(program, folder, show, config.target)
     session: Session | None = None
     parity: Mapping[str, Any] = UNCHECKED
@@ -213,7 +215,8 @@ def lower(
         later = absent or (name == "onnx" and config.target)  # opened for its device, when called
         session = None if later else backend.load_session(program.spec(), folder)
         rehearsed = session or backend.rehearse(program.spec(), folder)
-        parity = check_parity(program, rehearsed, name)
+        if rehearsed is not None:
+            parity = check_parity(program, rehearsed, name)
     text = "\n".join(f"# {part.name}\n{dump(part.graph)}" for part in program.parts)
     (folder / "graphs.txt.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
     described = {**describe(program, config, name, parity, fallback), **told}

@@ -30,6 +30,7 @@ from effuse.roles import infer_roles
 FILES = {
     "onnx": "<part>.onnx for each part (a step, and what runs once a picture), weights.safetensors",
     "reference": "graphs.json, weights.safetensors",
+    "tensorrt": "<part>.onnx, weights.safetensors, engines.json, build_engines.py, trtexec.txt",
     "triton": "graphs.json, weights.safetensors, kernels.json, a cubin for each kernel",
 }
 ALWAYS = "manifest.json, SHA256SUMS, graphs.txt.gz"

@@ -26,6 +26,9 @@ DTYPES = {
     "int32": "I32",
     "int64": "I64",
     "bool": "BOOL",
+    "float8_e4m3fn": "U8",
+    "int4": "U8",  # two in a byte
+    "float4_e2m1fn": "U8",
 }
 
 
@@ -69,7 +72,7 @@ class Store:
             size = tensor.nbytes
             header[name] = {
                 "dtype": DTYPES[str(np.dtype(tensor.dtype.numpy()))],
-                "shape": [int(axis) for axis in tensor.shape],
+                "shape": [int(axis) for axis in tensor.shape] if tensor.dtype.bitwidth >= 8 else [size],
                 "data_offsets": [position, position + size],
             }
             self._offsets[digest] = (position, size)

@@ -48,7 +48,8 @@ GPUS = {
         Gpu("sm_120", "RTX 5090", "mma", 99 << 10, True),
     )
 }
-TARGETS = (*DEVICES, *GPUS)
+TENSORRT = ("tensorrt-10", "tensorrt-11")
+TARGETS = (*DEVICES, *GPUS, *TENSORRT)
 
 
 def check_target(name: str) -> None:
@@ -88,8 +89,13 @@ def check_backend(target: str | None, backend: str) -> None:
         raise ConfigError(f"target: {target!r} is {kind}; backend='triton' builds for {list(GPUS)}")
     if device is not None and backend == "reference" and not device.is_cpu:
         raise ConfigError(f"target: {target!r} is for ONNX Runtime; set backend='onnx'")
-    if target in GPUS and backend not in ("triton", "auto"):
+    if target in TENSORRT and backend != "tensorrt":
+        raise ConfigError(f"target: {target!r} is for TensorRT; set backend='tensorrt'")
+    if device is not None and backend == "tensorrt":
+        known = [*TENSORRT, *GPUS]
+        raise ConfigError(f"target: {target!r} is not one of backend='tensorrt', which has {known}")
+    if target in GPUS and backend not in ("triton", "tensorrt", "auto"):
         raise ConfigError(
             f"target: {target!r} is a GPU, which backend={backend!r} does not build for; set "
-            "backend='triton'"
+            "backend='triton' or 'tensorrt'"
         )

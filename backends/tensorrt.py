@@ -1,0 +1,133 @@
+"""The TensorRT back end: explicitly typed ONNX here, engines where TensorRT and a GPU are.
+
+`build` writes for every part an ONNX file that TensorRT 10 and 11 take, the weights of all in one
+file, the table from which engines are built, a script that does so with nothing but tensorrt, and
+the lines for trtexec. `load_session` builds the engines that are missing, and runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from effuse.backends import onnx
+from effuse.backends.tensorrt_builder import BuildError, gpu_name
+from effuse.backends.tensorrt_export import export
+from effuse.backends.tensorrt_lower import adapt as adapt
+from effuse.errors import BackendError, require
+from effuse.lint import Finding, lint
+from effuse.plan import PartSpec, ProgramSpec
+from effuse.program import Program
+from effuse.runtime import Run, Session
+from effuse.targets import TENSORRT
+
+INSTALL = "pip install tensorrt (11.x, CUDA 13), or tensorrt-cu12 (10.x); JetPack brings its own"
+FATAL_ONLY = 4  # of ONNX Runtime's messages
+SHOWN = 5  # findings that an error lists
+
+
+def available() -> str | None:
+    """Why ONNX files for TensorRT cannot be written here, or None."""
+    return onnx.available()
+
+
+def absent(target: str | None) -> str | None:
+    """Why engines can be neither built nor run here, or None."""
+    try:
+        import tensorrt as trt
+    except ImportError as error:
+        return f"TensorRT cannot be loaded ({error}): {INSTALL}"
+    if not hasattr(trt, "Builder"):  # a folder of that name, such as that of its stubs
+        return f"what is called tensorrt here is not TensorRT: {INSTALL}"
+    try:
+        gpu_name()
+    except BuildError as error:
+        return f"engines are built on the GPU that runs them: {error}"
+    return None
+
+
+def build(
+    program: Program, folder: Path, progress: Any = lambda what, done, total: None,
+    target: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write the ONNX files, the weights, and all that engines are built from, into `folder`.
+
+    Args:
+        target: `tensorrt-10`, `tensorrt-11`, or a GPU; what is not a version has to suit both.
+
+    Raises:
+        BackendError: an op or a format has no form that TensorRT takes.
+    """
+    table = export(program, folder, progress)
+    targets = [target] if target in TENSORRT else list(TENSORRT)
+    found = {
+        name: [each for part in table["parts"] for each in lint(folder / f"{part}.onnx", name)]
+        for name in targets
+    }
+    for name, findings in found.items():
+        refuse(name, [each for each in findings if each.severity == "error"])
+    counts = {
+        name: {
+            kind: sum(each.severity == kind for each in findings) for kind in ("warning", "info")
+        }
+        for name, findings in found.items()
+    }
+    return {"lint": counts}
+
+
+def refuse(target: str, errors: list[Finding]) -> None:
+    """See that nothing breaks a rule of the target.
+
+    Raises:
+        BackendError: something does.
+    """
+    if not errors:
+        return
+    shown = "; ".join(f"{e.rule}: {e.op} {e.node}: {e.found}; {e.remedy}" for e in errors[:SHOWN])
+    more = f" (and {len(errors) - SHOWN} more)" if len(errors) > SHOWN else ""
+    raise BackendError(f"tensorrt: {target} would not take the ONNX files: {shown}{more}")
+
+
+def rehearse(spec: ProgramSpec, folder: Path) -> Session | None:
+    """A session over the same ONNX files in ONNX Runtime, node by node as they are written.
+
+    None where it has no operator for one of them, such as 4-bit floats.
+    """
+    runtime = require("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = FATAL_ONLY
+    # fused, 8-bit floats have no kernel; and what is to be checked is what was written
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    runs: dict[str, Run] = {}
+    for part in spec.parts:
+        try:
+            session = runtime.InferenceSession(str(folder / f"{part.name}.onnx"), options)
+        except Exception as error:  # onnxruntime's exceptions have no common base
+            if "NOT_IMPLEMENTED" in str(error):
+                return None
+            raise
+        runs[part.name] = _run(session, part)
+    return Session(spec, runs)
+
+
+def _run(session: Any, part: PartSpec) -> Run:
+    names = [item.name for item in session.get_inputs()]
+
+    def run(values: Mapping[str, Any]) -> Sequence[Any]:
+        return list(session.run(part.outputs, {name: values[name] for name in names}))
+
+    return run
+
+
+def load_session(spec: ProgramSpec, folder: Path) -> Session:
+    """A session on the GPU, over engines that were built before or are built now.
+
+    Raises:
+        BackendError: TensorRT or a GPU is missing, or an engine cannot be built.
+    """
+    if reason := absent(None):
+        raise BackendError(f"tensorrt: {reason}")
+    from effuse.backends.tensorrt_run import open_session
+
+    return open_session(spec, folder)
