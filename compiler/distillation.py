@@ -215,29 +215,38 @@ def teacher_program(teacher: Teacher, student: Program, data: Data) -> Program:
     """
     if not isinstance(teacher, nn.Module):
         return as_program(teacher, "teacher")
-    inputs = example_inputs(student, data) or derived(teacher, student)
+    inputs = example_inputs(student, data)
     roles = {item.label: item.role for item in student.inputs}
     return capture(teacher, inputs, roles=roles)
 
 
-def example_inputs(student: Program, data: Data) -> dict[str, Any] | None:
-    """Arguments to capture a teacher with: the student's examples, or the first of the data."""
-    if student.examples:
-        flat = {item.path: student.examples[item.name] for item in student.inputs}
-        return nested(flat) | dict(student.constants)
-    if data is None or callable(data):
-        return None
-    return dict(_pair(next(iter(data), ({}, None)))[0]) or None
+def example_inputs(student: Program, data: Data) -> dict[str, Any]:
+    """Arguments to capture a teacher with: the student's, the first of the data, or of its sizes.
+
+    Raises:
+        InputError: an input's value is part of the student, and not known.
+    """
+    if not student.examples and data is not None and not callable(data):
+        if first := dict(_pair(next(iter(data), ({}, None)))[0]):
+            return first
+    flat = {item.path: student.examples.get(item.name, sized(item)) for item in student.inputs}
+    return nested(flat) | dict(student.constants)
 
 
-def derived(teacher: nn.Module, student: Program) -> dict[str, Any]:
-    """Examples that follow from the teacher's config, as large as the student's inputs."""
-    from effuse.examples import derive_inputs
+def sized(item: Input) -> Tensor:
+    """Numbers as many as an input takes, 2 where a size is left open.
 
-    latent = next(item for item in student.inputs if item.role is Role.LATENT)
-    batch = latent.shape[0] if latent.shape and isinstance(latent.shape[0], int) else 2
-    time = None if student.timesteps is None else torch.tensor(student.timesteps[0])
-    return derive_inputs(teacher, batch=batch, timestep=time)
+    Raises:
+        InputError: it is static.
+    """
+    if item.role is Role.STATIC:
+        raise InputError(
+            f"teacher: {item.label} is static, and an artifact does not hold its value; hand the "
+            "teacher as a Program, from effuse.capture"
+        )
+    sizes = [size if isinstance(size, int) else 2 for size in item.shape]
+    dtype: torch.dtype = getattr(torch, item.dtype)
+    return torch.rand(sizes, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def check_inputs(student: Program, teacher: Program) -> None:

@@ -392,6 +392,19 @@ def test_a_compiled_student_comes_back_compiled(tmp_path):
     assert len(loaded.manifest["distilled"]["history"]) == 60
 
 
+def test_a_teacher_is_captured_as_large_as_a_compiled_student_is():
+    samples = 0
+
+    def run(model):
+        nonlocal samples
+        samples += 1
+        for call in data(3):
+            model(**call)
+
+    found = effuse.distill(compiled(), Net().eval(), run, steps=2, progress=False)
+    assert samples == 1 and found.warning.startswith("nothing to recover")  # they are equal
+
+
 def test_an_artifact_has_no_examples_to_sample_with():
     with pytest.raises(InputError, match=r"data: trajectories are sampled with .* example inputs"):
         effuse.distill(compiled(), compiled(), progress=False)
