@@ -72,7 +72,7 @@ class Store:
             size = tensor.nbytes
             header[name] = {
                 "dtype": DTYPES[str(np.dtype(tensor.dtype.numpy()))],
-                "shape": [int(axis) for axis in tensor.shape] if tensor.dtype.bitwidth >= 8 else [size],
+                "shape": list(map(int, tensor.shape)) if tensor.dtype.bitwidth >= 8 else [size],
                 "data_offsets": [position, position + size],
             }
             self._offsets[digest] = (position, size)
