@@ -20,8 +20,10 @@ from effuse.passes import Distill, Hoist, Prune
 from effuse.report import rich_table, write_html
 from effuse.report_prune import prune_lines, pruned_table
 
+BACKEND = "onnx"
 RATE = 5e-4  # of AdamW; both networks recover best near it
 ROUNDS = 4  # of calibration, each with prompts and noise of its own: the training's data
+MOST = len(names()) // 2  # prompts; the others are the training's
 
 
 def main() -> None:
@@ -36,8 +38,10 @@ def main() -> None:
     add("--steps", type=int, default=20, help="DDIM steps (default: 20)")
     add("--prompts", type=int, default=8, help="number of prompts (default: 8)")
     arguments = parser.parse_args()
-    if min(arguments.steps, arguments.prompts) < 1:
-        parser.error("--steps and --prompts: at least 1")
+    if arguments.steps < 1:
+        parser.error(f"--steps: expected 1 or more, came {arguments.steps}")
+    if not 1 <= arguments.prompts <= MOST:
+        parser.error(f"--prompts: expected 1 to {MOST}, came {arguments.prompts}")
     try:
         run(arguments)
     except EffuseError as error:
@@ -77,21 +81,22 @@ def configs(arguments: argparse.Namespace) -> dict[str, effuse.Config]:
         "pruned": (prune, Hoist()),
         "recovered": (prune, recover, Hoist()),
     }
-    return {name: effuse.Config(passes=each, backend="onnx") for name, each in passes.items()}
+    return {name: effuse.Config(passes=each, backend=BACKEND) for name, each in passes.items()}
 
 
 def rounds(prompts: list[str]) -> list[list[str]]:
-    """Prompts that are in no picture, as many a round."""
+    """Prompts that are in no picture, as many in each round, spread over all."""
     others = [name for name in names() if name not in prompts]
-    found = [others[number::ROUNDS][: len(prompts)] for number in range(ROUNDS)]
-    return [each for each in found if len(each) == len(prompts)]
+    stride = len(others) // len(prompts)
+    return [others[number::stride][: len(prompts)] for number in range(min(stride, ROUNDS))]
 
 
 def intention(arguments: argparse.Namespace) -> str:
     """What is going to happen."""
+    pictures = f"{arguments.prompts} picture{'' if arguments.prompts == 1 else 's'}"
     return (
         f"Compiling the example network {arguments.network!r} three times, then sampling "
-        f"{arguments.prompts} pictures in {arguments.steps} steps with each:\n"
+        f"{pictures} in {arguments.steps} steps with each:\n"
         "  original   exactly as it is\n"
         f"  pruned     without {arguments.share:.0%} of its parameters, chosen by "
         f"{arguments.by}\n"
