@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from effuse import __version__, cli_artifact, cli_lint, cli_network
+from effuse import __version__, cli_artifact, cli_export, cli_lint, cli_network
 from effuse.cli_options import Verbs
 
 VERBS: tuple[tuple[str, Callable[..., None]], ...] = (
@@ -18,6 +18,7 @@ VERBS: tuple[tuple[str, Callable[..., None]], ...] = (
     ("report", cli_artifact.report),
     ("dump", cli_network.dump),
     ("diff", cli_artifact.diff),
+    ("export", cli_export.export),
     ("bisect", cli_network.bisect),
     ("lint", cli_lint.lint),
     ("passes", cli_artifact.passes),
