@@ -226,11 +226,11 @@ def example_inputs(student: Program, data: Data) -> dict[str, Any]:
     Raises:
         InputError: an input's value is part of the student, and not known.
     """
-    if not student.examples and data is not None and not callable(data):
-        if first := dict(_pair(next(iter(data), ({}, None)))[0]):
-            return first
-    flat = {item.path: student.examples.get(item.name, sized(item)) for item in student.inputs}
-    return nested(flat) | dict(student.constants)
+    if known := student.examples:
+        return nested({i.path: known[i.name] for i in student.inputs}) | dict(student.constants)
+    if data and not callable(data):
+        return dict(_pair(next(iter(data)))[0])
+    return nested({i.path: sized(i) for i in student.inputs}) | dict(student.constants)
 
 
 def sized(item: Input) -> Tensor:
