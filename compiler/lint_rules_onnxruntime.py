@@ -11,7 +11,7 @@ from effuse.errors import MissingExtra, require
 from effuse.lint_onnx import DEQUANTIZE, ONNX_DOMAINS, QUANTIZE, Model, dtype, is_onnx, readers
 from effuse.lint_rules import Found, Rule
 from effuse.lint_rules_ops import blocks_of_bits, ir_newer, is_function, opset_outside, packed_shape
-from effuse.lint_rules_qdq import misplaced
+from effuse.lint_rules_qdq import PRODUCTS, misplaced
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -131,7 +131,7 @@ ONNXRUNTIME: tuple[Rule, ...] = (
     Rule(
         "placement", ORT, "warning",
         "Quantizing norms, softmax and elementwise operators costs more than it saves.",
-        QUANTIZE_MODELS, misplaced(FLOAT_OPS), "Remove the pair.",
+        QUANTIZE_MODELS, misplaced(FLOAT_OPS, PRODUCTS), "Remove the pair.",
     ),
     Rule(
         "nbits-block", ORT, "error",

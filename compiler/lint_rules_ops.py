@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from effuse.errors import require
 from effuse.lint_onnx import (
+    QUANTIZE,
     Model,
     attribute,
     dtype,
@@ -165,11 +166,14 @@ def _parameters(node: ir.Node, opset: int) -> list[str]:
 
 
 def value_types(types: Collection[str], inside: bool = False) -> Check:
-    """What finds values of some types: computed ones, and unless `inside` inputs and constants."""
+    """What finds values of some types: computed ones, and unless `inside` inputs and constants.
+
+    What QuantizeLinear writes has rules of its own.
+    """
 
     def check(model: Model) -> Iterator[Found]:
         for node in model.nodes:
-            for value in node.outputs:
+            for value in () if node.op_type == QUANTIZE else node.outputs:
                 if dtype(value) in types and not (inside and value.is_graph_output()):
                     yield node, f"computes {dtype(value)}"
         if not inside:
@@ -199,7 +203,7 @@ def _no_tensor(value: ir.Value) -> str:
 
 
 def _kinds(node: ir.Node, opset: int) -> set[str]:
-    """What outputs can only be: `seq`, `optional`, `tensor(string)`; not tensors of numbers."""
+    """What outputs can only be, where that is no tensor of numbers: `seq`, `optional`, `text`."""
     defs = require("onnx").defs
     if not defs.has(node.op_type, opset, ""):
         return set()
@@ -208,6 +212,11 @@ def _kinds(node: ir.Node, opset: int) -> set[str]:
         {t if t == "tensor(string)" else t.split("(")[0] for t in out.types} for out in outputs
     ]
     return {kind for each in kinds if "tensor" not in each for kind in each}
+
+
+def _kind(allowed: str) -> str:
+    """`seq`, `optional`, `tensor`; text is a kind of its own."""
+    return "text" if allowed == "tensor(string)" else allowed.split("(")[0]
 
 
 def mixed_norm(model: Model) -> Iterator[Found]:

@@ -218,18 +218,31 @@ def dangling(model: Model) -> Iterator[Found]:
             yield node, "nothing reads its quantized tensor"
 
 
-def misplaced(harmful: Collection[str]) -> Check:
-    """What finds activations quantized for none but operators without low-bit kernels."""
+def misplaced(harmful: Collection[str], makers: Collection[str] = ()) -> Check:
+    """What finds activations quantized for none but operators without low-bit kernels.
+
+    Those that one of `makers` computes are let be: its kernel writes them quantized.
+    """
 
     def check(model: Model) -> Iterator[Found]:
         for node in model.quantizers:
             if node.op_type != DEQUANTIZE or model.is_constant(node.inputs[0]):
+                continue
+            if maker(node) in makers:
                 continue
             found = {reader.op_type for reader, _ in readers(node.outputs[0])}
             if found and found <= set(harmful):
                 yield node, f"only {', '.join(sorted(found))} reads it"
 
     return check
+
+
+def maker(node: ir.Node) -> str:
+    """What computes the tensor that a DequantizeLinear and the QuantizeLinear before it round."""
+    pair = node.inputs[0].producer() if node.inputs[0] is not None else None
+    source = pair.inputs[0] if pair is not None and pair.op_type == QUANTIZE else None
+    made = None if source is None else source.producer()
+    return "" if made is None else made.op_type
 
 
 def repeated(model: Model) -> Iterator[Found]:
