@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from effuse.backends.onnx_half import halve
 from effuse.backends.onnx_integer import NATIVE, STORED, unsupported
 from effuse.backends.onnx_ops import TRANSLATIONS, prepare
 from effuse.devices import CPU, device_of, missing
@@ -120,16 +121,29 @@ def export_part(
             f"nearest formats that it has are {', '.join(NATIVE + STORED)}; or study this one with "
             "backend='reference'"
         )
+    if device_of(target).half:
+        halve(graph, own, factor_axes(adapters))
     lowered = Part(part.name, part.depends, graph, part.outputs)
-    places, ranks = inputs(graph), _rank_axes(lowered, adapters)
-    module = PartModule(lowered, own, tuple(ranks)).eval()
-    dynamic = (*(open_axes(node) for node in places), *ranks.values())
-    examples = [example(node) for node in places]
-    examples += [_of_rank(own[name], axes) for name, axes in ranks.items()]
-    model = exported(part, module, examples, dynamic, tuple(ranks))
+    model, ranks = to_model(lowered, own, adapters)
     make_overridable(model, {name: own[name] for name in ranks}, ranks)
     strip(model)
     return model
+
+
+def to_model(
+    part: Part, weights: Mapping[str, torch.Tensor], adapters: Sequence[Adapter] = (),
+    translations: Mapping[Any, Any] = TRANSLATIONS, reader: str = "onnx",
+) -> tuple[Any, dict[str, dict[int, Any]]]:  # fmt: skip
+    """A lowered part as an onnx_ir model, whose last inputs are the adapters' factors.
+
+    With them their axes of open size.
+    """
+    places, ranks = inputs(part.graph), _rank_axes(part, adapters)
+    module = PartModule(part, weights, tuple(ranks)).eval()
+    dynamic = (*(open_axes(node) for node in places), *ranks.values())
+    examples = [example(node) for node in places]
+    examples += [_of_rank(weights[name], axes) for name, axes in ranks.items()]
+    return exported(part, module, examples, dynamic, tuple(ranks), translations, reader), ranks
 
 
 def exported(

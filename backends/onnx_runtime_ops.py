@@ -35,7 +35,7 @@ def _parameter(name: str, kind: str) -> OpSchema.FormalParameter:
     return OpSchema.FormalParameter(name.rstrip("?"), kind, param_option=option)
 
 
-ANY = ["tensor(float)", "tensor(uint8)", "tensor(int8)", "tensor(int32)"]
+ANY = ["tensor(float)", "tensor(float16)", "tensor(uint8)", "tensor(int8)", "tensor(int32)"]
 INT, FLOAT = OpSchema.AttrType.INT, OpSchema.AttrType.FLOAT
 
 MULTI_HEAD_ATTENTION = runtime_op(

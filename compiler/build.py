@@ -21,6 +21,7 @@ from effuse.calibrate import Progress, calibrate, draw_calls, drive, layer_value
 from effuse.capture import capture
 from effuse.config import Config
 from effuse.cost import part_costs, plan_costs, rate_costs
+from effuse.devices import device_of
 from effuse.dump import dump
 from effuse.errors import BackendError, ConfigError
 from effuse.graph import calls
@@ -42,7 +43,8 @@ NUDGE = 1e-6  # relative: a few float32 roundings, as kernels differ from each o
 EXACT_DB = {"float32": 90.0, "float64": 90.0, "float16": 45.0}  # rounding alone, by dtype
 TIE_MARGIN_DB = 3.0  # two such runs of one network differ by up to this much in their distance
 UNCHECKED: Mapping[str, Any] = {"error": None, "sqnr_db": None}
-LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "numpy", "triton")
+LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino", "diffusers", "numpy",
+             "triton")  # fmt: skip
 
 
 def capture_program(
@@ -215,8 +217,9 @@ def lower(
         later = absent or (name == "onnx" and config.target)  # opened for its device, when called
         session = None if later else backend.load_session(program.spec(), folder)
         rehearsed = session or backend.rehearse(program.spec(), folder)
+        half = name == "onnx" and device_of(config.target).half
         if rehearsed is not None:
-            parity = check_parity(program, rehearsed, name)
+            parity = check_parity(program, rehearsed, name, half)
     text = "\n".join(f"# {part.name}\n{dump(part.graph)}" for part in program.parts)
     (folder / "graphs.txt.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
     described = {**describe(program, config, name, parity, fallback), **told}
@@ -224,10 +227,13 @@ def lower(
     return session, artifact.finish(folder, described)
 
 
-def check_parity(program: Program, session: Session, backend: str) -> Mapping[str, Any]:
+def check_parity(
+    program: Program, session: Session, backend: str, half: bool = False
+) -> Mapping[str, Any]:
     """Error (relative) and SQNR (dB) of a back end's outputs against reference on the examples.
 
-    Every variant is checked, on slots that hold the same step's values; the worst one counts.
+    With `half` it computes in float16. Every variant is checked, on slots that hold the same step's
+    values; the worst one counts.
 
     Raises:
         BackendError: the back end computes something else.
@@ -236,14 +242,16 @@ def check_parity(program: Program, session: Session, backend: str) -> Mapping[st
         return UNCHECKED
     with torch.no_grad():
         values = same_step(program, program.examples)
-        found = [_parity(program, session, part, values, backend) for part in program.variants]
+        parts = program.variants
+        found = [_parity(program, session, each, values, backend, half) for each in parts]
     error, ratio = max(error for error, _ in found), min(ratio for _, ratio in found)
     return {"error": float(f"{error:.2g}"), "sqnr_db": round(ratio, 1)}
 
 
 def _parity(
-    program: Program, session: Session, part: Part, values: Mapping[str, Any], backend: str
-) -> tuple[float, float]:
+    program: Program, session: Session, part: Part, values: Mapping[str, Any], backend: str,
+    half: bool,
+) -> tuple[float, float]:  # fmt: skip
     """Relative error and SQNR (dB) of one variant, fed as it is in reference."""
     env = run_parts(program, values, variant=part.name)
     expected = [env[name] for name in program.outputs]
@@ -253,6 +261,7 @@ def _parity(
     outputs = [torch.as_tensor(found[name]) for name in program.outputs]
     ratio = worst_db(expected, outputs)
     bound = parity_bound_db(program, part, values, expected)
+    bound = min(bound, EXACT_DB["float16"]) if half else bound
     if ratio < bound:
         raise BackendError(
             f"{backend} agrees with reference to {ratio:.1f} dB only in {part.name}, and "

@@ -34,7 +34,7 @@ class Net(nn.Module):
         self.last = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, sample, timestep, encoder_hidden_states, return_dict=True):
-        h = self.first(sample) + torch.sin(timestep * 0.01)
+        h = self.first(sample) + torch.sin(timestep * 1.37)  # angles that float16 lacks
         h = h + self.middle(nn.functional.silu(self.norm(h)))
         n, c, height, width = h.shape
         tokens = h.flatten(2).transpose(1, 2)
@@ -70,10 +70,13 @@ def called(compiled):
     return compiled(**given())[0].numpy()
 
 
-def domains(compiled):
+def models(compiled):
     paths = sorted(compiled.folder.glob("*.onnx"))
-    models = [onnx.load(path, load_external_data=False) for path in paths]
-    return {node.domain for model in models for node in model.graph.node}
+    return [onnx.load(path, load_external_data=False) for path in paths]
+
+
+def domains(compiled):
+    return {node.domain for model in models(compiled) for node in model.graph.node}
 
 
 def test_rows_name_formats_that_there_are_and_end_at_the_cpu():
@@ -181,3 +184,36 @@ def test_standard_operators_alone_where_a_provider_has_no_others():
     assert domains(quantized) == domains(built("xnnpack")) == {""}
     formats = {layer["format"] for layer in quantized.manifest["layers"]}
     assert "w8a8" in formats
+
+
+HALVES = {"cuda-fp16": EXACT, "coreml-fp16": (), "cpu-arm64-fp16": (Hoist(), Quantize("w8a8"))}
+
+
+@pytest.mark.parametrize("target", HALVES)
+def test_the_float16_variant_is_smaller_and_says_what_it_costs(target):
+    compiled, whole = built(target, HALVES[target]), built(None)
+    assert 45 < compiled.manifest["parity"]["sqnr_db"] < 80  # of the lowering, in float16
+    weights = (each.folder / "weights.safetensors" for each in (compiled, whole))
+    small, large = (path.stat().st_size for path in weights)
+    assert small < 0.6 * large
+    expected = called(whole)
+    found = effuse.load(compiled.folder, providers=[CPU])
+    error = np.abs(called(found) - expected).max() / np.abs(expected).max()
+    assert 0 < error < (0.05 if "Quantize" in str(HALVES[target]) else 2e-3)
+
+
+def test_norms_and_angles_stay_in_float32_and_so_do_inputs_and_outputs():
+    full = models(built("coreml-fp16", ()))[0].graph
+    whole = onnx.TensorProto.FLOAT
+    assert {each.type.tensor_type.elem_type for each in (*full.input, *full.output)} <= {
+        whole, onnx.TensorProto.INT64,
+    }  # fmt: skip
+    made = {name: node for node in full.node for name in node.output}
+    norms = [node for node in full.node if node.op_type in ("InstanceNormalization", "Sin")]
+    assert len(norms) == 2
+    for node in norms:
+        source = made[node.input[0]]
+        while source.op_type in ("Reshape", "Mul"):
+            source = made[source.input[0]]
+        assert source.op_type == "Cast"
+        assert [each.i for each in source.attribute if each.name == "to"] == [whole]
