@@ -15,6 +15,8 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from effuse.graph import calls, emit, emit_weight, outputs, set_outputs, substitute, value_of
+from effuse.kernels import attention as attention  # registers the ops
+from effuse.kernels import low_bit as low_bit
 from effuse.weights import WeightStore
 
 aten, ops = torch.ops.aten, torch.ops.effuse
