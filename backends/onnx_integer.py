@@ -33,14 +33,14 @@ LEAST_GROUP = 16  # of MatMulNBits, whose groups are powers of two
 def bind_integer_layers(graph: fx.Graph) -> None:
     """Every layer on a quantized value whose scale is computed, as one integer op."""
     for node in calls(graph, aten.linear.default):
-        if _looked_up(node.args[0]) and _stored(node.args[1]):
+        if looked_up(node.args[0]) and _stored(node.args[1]):
             _linear(graph, node)
     for node in calls(graph, aten.conv2d.default):
-        if _looked_up(node.args[0]) and _stored(node.args[1]) and _requantized(node):
+        if looked_up(node.args[0]) and _stored(node.args[1]) and _requantized(node):
             _conv(graph, node)
 
 
-def _looked_up(node: Any) -> bool:
+def looked_up(node: Any) -> bool:
     """Whether a value is dequantize(q, s, z) with a computed s."""
     if not isinstance(node, fx.Node) or node.target is not ops.dequantize.default:
         return False

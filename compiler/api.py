@@ -279,6 +279,10 @@ def _open(
 
         target = manifest.get("target")
         return open_session(spec, folder, threads=threads, providers=providers, target=target)
+    if backend == "openvino":
+        from effuse import openvino_run
+
+        return openvino_run.open_session(spec, folder, threads=threads, providers=providers)
     if backend == "reference":
         require("torch")
         from effuse.backends.reference import load_session

@@ -29,6 +29,7 @@ from effuse.roles import infer_roles
 
 FILES = {
     "onnx": "<part>.onnx for each part (a step, and what runs once a picture), weights.safetensors",
+    "openvino": "<part>.onnx for each part, weights.safetensors, openvino.json",
     "reference": "graphs.json, weights.safetensors",
     "tensorrt": "<part>.onnx, weights.safetensors, engines.json, build_engines.py, trtexec.txt",
     "triton": "graphs.json, weights.safetensors, kernels.json, a cubin for each kernel",

@@ -29,7 +29,9 @@ def compile_(
     steps: Steps = None,
     scheduler: SchedulerFolder = None,
     timesteps: Times = None,
-    backend: Annotated[str | None, typer.Option(help="auto, onnx, triton or reference.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="auto, onnx, openvino, triton or reference.")
+    ] = None,
     target: Annotated[
         str | None, typer.Option(metavar="CHIP", help="Build for it, here or not: sm_90, cpu-avx2.")
     ] = None,

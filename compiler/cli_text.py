@@ -20,7 +20,8 @@ from rich.table import Table
 from effuse.errors import ArtifactError, EffuseError
 
 PLAIN_WIDTH = 120  # columns, where there is no terminal to ask
-LIBRARIES = ("numpy", "onnxruntime", "torch", "onnx", "onnxscript", "diffusers", "typer")
+LIBRARIES = ("numpy", "onnxruntime", "openvino", "torch", "onnx", "onnxscript", "diffusers",
+             "typer")  # fmt: skip
 
 
 def out() -> Console:

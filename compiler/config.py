@@ -29,7 +29,7 @@ except ModuleNotFoundError as missing:
     require(str(missing.name))  # says what installs it
     raise
 
-BACKENDS = ("auto", "reference", "onnx", "tensorrt", "triton")
+BACKENDS = ("auto", "reference", "onnx", "openvino", "tensorrt", "triton")
 
 
 class Config(BaseModel):
@@ -37,7 +37,7 @@ class Config(BaseModel):
 
     Args:
         passes: what to rewrite, in any order; canonicalization always runs first.
-        backend: `reference`, `onnx`, `tensorrt`, `triton`, or
+        backend: `reference`, `onnx`, `openvino`, `tensorrt`, `triton`, or
             `auto` (the fastest that is there).
         target: what to build for, present or not, e.g. `cpu-avx512vnni` or `sm_90`; None: this
             machine.

@@ -87,7 +87,7 @@ def check_backend(target: str | None, backend: str) -> None:
     if device is not None and backend == "triton":
         kind = "a CPU" if device.is_cpu else "for ONNX Runtime"
         raise ConfigError(f"target: {target!r} is {kind}; backend='triton' builds for {list(GPUS)}")
-    if device is not None and backend == "reference" and not device.is_cpu:
+    if device is not None and backend in ("reference", "openvino") and not device.is_cpu:
         raise ConfigError(f"target: {target!r} is for ONNX Runtime; set backend='onnx'")
     if target in TENSORRT and backend != "tensorrt":
         raise ConfigError(f"target: {target!r} is for TensorRT; set backend='tensorrt'")

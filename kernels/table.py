@@ -194,7 +194,7 @@ GRAPH_OPS = (  # what passes write
         torch.ops.effuse.quantize.default,
         quantize.quantize_reference,
         _quantize_samples,
-        {"reference": "simulated", "onnx": "native", "triton": "native"},
+        {"reference": "simulated", "onnx": "native", "openvino": "native", "triton": "native"},
         "QuantizeLinear; with its DequantizeLinear fused into QLinearConv and MatMulIntegerToFloat",
         quantize_static.NATIVE,
     ),
@@ -203,7 +203,7 @@ GRAPH_OPS = (  # what passes write
         torch.ops.effuse.dequantize.default,
         quantize.dequantize_reference,
         _dequantize_samples,
-        {"reference": "simulated", "onnx": "native", "triton": "native"},
+        {"reference": "simulated", "onnx": "native", "openvino": "native", "triton": "native"},
         "DequantizeLinear",
         quantize_static.VALUES,
     ),
@@ -228,7 +228,7 @@ GRAPH_OPS = (  # what passes write
         torch.ops.effuse.unpack.default,
         low_bit.unpack_reference,
         _unpack_samples,
-        {"reference": "simulated", "onnx": "native"},
+        {"reference": "simulated", "onnx": "native", "openvino": "native"},
         "weights of 2 to 8 bits, stored packed; in ONNX Runtime of 4 bits, as linear_nbits",
     ),
     Op(
@@ -236,7 +236,7 @@ GRAPH_OPS = (  # what passes write
         torch.ops.effuse.fake_quantize.default,
         low_bit.fake_quantize_reference,
         _fake_quantize_samples,
-        {"reference": "simulated", "onnx": "native"},
+        {"reference": "simulated", "onnx": "native", "openvino": "native"},
         "activations on any grid; in ONNX Runtime of 8 bits, as linear_nbits",
     ),
     Op(
@@ -244,7 +244,7 @@ GRAPH_OPS = (  # what passes write
         torch.ops.effuse.widen.default,
         low_bit.widen_reference,
         _widen_samples,
-        {"reference": "simulated", "onnx": "native"},
+        {"reference": "simulated", "onnx": "native", "openvino": "native"},
         "4-bit codes stored packed, made int8 when a session starts",
     ),
     Op(
@@ -252,7 +252,7 @@ GRAPH_OPS = (  # what passes write
         torch.ops.effuse.linear_nbits.default,
         low_bit.linear_nbits_reference,
         _nbits_samples,
-        {"reference": "simulated", "onnx": "native"},
+        {"reference": "simulated", "onnx": "native", "openvino": "native"},
         "MatMulNBits, which takes 4-bit weights and 8-bit or float activations",
     ),
     Op(
@@ -276,7 +276,7 @@ GRAPH_OPS = (  # what passes write
         torch.ops.effuse.project.default,
         low_rank.project_reference,
         _project_samples,
-        {"reference": "simulated", "onnx": "native"},
+        {"reference": "simulated", "onnx": "native", "openvino": "native"},
         "one half of a low-rank branch beside a linear layer; MatMul in float",
     ),
     Op(
@@ -284,7 +284,7 @@ GRAPH_OPS = (  # what passes write
         torch.ops.effuse.project_conv.default,
         low_rank.project_conv_reference,
         _project_conv_samples,
-        {"reference": "simulated", "onnx": "native"},
+        {"reference": "simulated", "onnx": "native", "openvino": "native"},
         "one half of a low-rank branch beside a convolution; Conv in float",
     ),
     Op(
