@@ -37,11 +37,19 @@ Progress = Callable[[int, int, float], None]  # done, total, loss
 
 @dataclass(frozen=True)
 class Gate:
-    """Equal groups of a value along an axis that stay or go together: heads, hidden units."""
+    """Groups of a value along an axis that stay or go together: heads, hidden units.
 
-    node: str  # of the default variant
+    Args:
+        node: of the default variant.
+        axis: of its value.
+        groups: how many.
+        atoms: the group of each position, -1 where none gates it; empty: runs of equal length.
+    """
+
+    node: str
     axis: int
     groups: int
+    atoms: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,7 @@ class Trajectory:
 
         def gated(node: fx.Node, value: Any) -> Any:
             for place in self._at.get(node.name, ()):
-                value = value * spread(scales[place], value, self.gates[place].axis)
+                value = value * spread(scales[place], value, self.gates[place])
             return value
 
         prediction, *_ = self.network.run(given, None, gated)
@@ -148,12 +156,17 @@ class Trajectory:
         return float(difference.square().mean()), sums
 
 
-def spread(scale: Tensor, value: Tensor, axis: int) -> Tensor:
+def spread(scale: Tensor, value: Tensor, gate: Gate) -> Tensor:
     """One factor for each element along the axis, in a shape that broadcasts over the value."""
-    size = value.shape[axis]
+    size = value.shape[gate.axis]
     shape = [1] * value.dim()
-    shape[axis] = size
-    return scale.to(value.dtype).repeat_interleave(size // len(scale)).reshape(shape)
+    shape[gate.axis] = size
+    scale = scale.to(value.dtype)
+    if gate.atoms:
+        factors = torch.cat([scale, scale.new_ones(1)])[list(gate.atoms)]  # -1 is the last
+    else:
+        factors = scale.repeat_interleave(size // len(scale))
+    return factors.reshape(shape)
 
 
 def check_gate(gate: Gate, node: fx.Node | None) -> None:
@@ -167,6 +180,14 @@ def check_gate(gate: Gate, node: fx.Node | None) -> None:
     shape = tuple(value_of(node).shape)
     if not -len(shape) <= gate.axis < len(shape):
         raise ConfigError(f"gates: {gate.node} has no axis {gate.axis}; its shape is {shape}")
+    if gate.atoms:
+        if len(gate.atoms) != shape[gate.axis] or not set(gate.atoms) <= {*range(-1, gate.groups)}:
+            raise ConfigError(
+                f"gates: {gate.node}: atoms name one of {gate.groups} groups, or -1, for each of "
+                f"{shape[gate.axis]} positions; came {len(gate.atoms)} from {min(gate.atoms)} to "
+                f"{max(gate.atoms)}"
+            )
+        return
     if gate.groups < 1 or shape[gate.axis] % gate.groups:
         raise ConfigError(
             f"gates: {gate.node}: {gate.groups} groups do not divide axis {gate.axis} of size "

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from effuse.arrays import NumpyArrays
 from effuse.cost import node_flops
 from effuse.errors import BackendError, require
 from effuse.graph import inputs, outputs, set_outputs, value_of
@@ -30,6 +31,7 @@ from effuse.kernels.formats import parse
 from effuse.ort import CONFIG
 from effuse.passes.lone_layer import FLOAT, Lone
 from effuse.program import Part, Program
+from effuse.runtime import Session
 
 Progress = Callable[[str, int, int], None]
 Run = Callable[[], Any]
@@ -49,23 +51,24 @@ CHANGED = 8.0e6  # values a millisecond that are quantized or dequantized
 def measurable() -> str | None:
     """Why layers cannot be timed here, or None."""
     try:
-        reason: str | None = _back_end().available()
+        reason: str | None = back_end().available()
     except ImportError as error:
         return str(error)
     return reason
 
 
-def _back_end() -> ModuleType:
-    """The ONNX back end, found as a build finds it: a pass does not stand on back ends."""
-    return importlib.import_module("effuse.backends.onnx")
+def back_end(name: str = "onnx") -> ModuleType:
+    """A back end, found as a build finds it: a pass does not stand on back ends."""
+    return importlib.import_module(f"effuse.backends.{name}")
 
 
 def signature(lone: Lone) -> Hashable:
     """What the time of a lone layer depends on: its ops with their shapes, types and options."""
-    return (lone.format, *(_row(node) for node in lone.part.graph.nodes if node.op != "output"))
+    return (lone.format, *(row(node) for node in lone.part.graph.nodes if node.op != "output"))
 
 
-def _row(node: fx.Node) -> Hashable:
+def row(node: fx.Node) -> Hashable:
+    """What the time of a node depends on."""
     value = value_of(node)
     target = str(node.target) if node.op == "call_function" else node.op
     plain = fx.map_arg(node.args, lambda _: None)
@@ -138,7 +141,7 @@ def _lowered(lones: Sequence[Lone]) -> list[Run]:
     """The layers as runs: exported side by side, because exporting takes long, and then split."""
     part, weights = _side_by_side(lones)
     onnx = require("onnx")
-    model = require("onnx_ir").to_proto(_back_end().export_part(part, weights))
+    model = require("onnx_ir").to_proto(back_end().export_part(part, weights))
     split = onnx.utils.Extractor(model)
     runs = []
     for number, lone in enumerate(lones):
@@ -200,18 +203,30 @@ def as_numpy(value: torch.Tensor) -> np.ndarray[Any, Any]:
     return np.asarray(value)
 
 
-def step_run(program: Program, part: Part, values: Mapping[str, torch.Tensor], folder: Path) -> Run:
-    """A run of a whole part, built into `folder`, on `values`.
+def step_run(
+    program: Program, part: Part, values: Mapping[str, torch.Tensor], folder: Path,
+    backend: str = "onnx", target: str | None = None,
+) -> Run:  # fmt: skip
+    """A run of a whole part, built into `folder` by a back end for a target, on `values`.
 
     Raises:
         BackendError: the part, or one of the values, has no form there.
     """
     alone = replace(program, parts=(part,))
     folder.mkdir()
-    _back_end().build(alone, folder)
-    session = _back_end().load_session(alone.spec(), folder)
-    given = {name: as_numpy(values[name]) for name in part.inputs}
-    return partial(session.run, part.name, given)
+    found = back_end(backend)
+    found.build(alone, folder, target=target)
+    session = found.load_session(alone.spec(), folder)
+    host = isinstance(session.arrays, NumpyArrays)
+    given = {name: as_numpy(values[name]) if host else values[name] for name in part.inputs}
+    return partial(_finished, session, part.name, given)
+
+
+def _finished(session: Session, part: str, given: Mapping[str, Any]) -> None:
+    """A run that has ended: a GPU's has not when its call returns."""
+    session.run(part, given)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
 
 
 def predict(site: fx.Node, format: str, stored: int) -> float:

@@ -319,9 +319,28 @@ def by_magnitude(program: Program, site: Site, groups: int) -> Site:
     """
     if groups >= site.count:
         return site
-    order = np.argsort(energies(program, site), kind="stable")
-    names = {int(atom): place * groups // site.count for place, atom in enumerate(order)}
-    return replace(site, count=groups, labels=renamed(site.labels, names | {FREE: FREE}))
+    return grouped(site, group_of(energies(program, site), groups))
+
+
+def group_of(ranking: Any, groups: int) -> Any:
+    """For each atom the number of its group, of at most `groups`: the lowest ranked come first.
+
+    >>> group_of([3.0, 1.0, 2.0, 0.0], 2).tolist()
+    [1, 0, 1, 0]
+    """
+    count = len(ranking)
+    if groups >= count:
+        return np.arange(count)
+    found = np.empty(count, dtype=int)
+    found[np.argsort(ranking, kind="stable")] = np.arange(count) * groups // count
+    return found
+
+
+def grouped(site: Site, numbers: Any) -> Site:
+    """The site with its atoms put together by the groups' `numbers`."""
+    names = dict(enumerate(numbers.tolist()))
+    count = len(set(names.values()))
+    return replace(site, count=count, labels=renamed(site.labels, names | {FREE: FREE}))
 
 
 def energies(program: Program, site: Site) -> Any:

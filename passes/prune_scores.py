@@ -6,6 +6,7 @@ value that a candidate changes, the rest is computed without it, from the values
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from effuse.errors import CalibrationError, PassError
 from effuse.graph import evaluate
 from effuse.passes.base import Work
 from effuse.passes.prune_candidates import Candidate, energies, own_weights
+from effuse.passes.prune_cost import counted, graph_flops, share_of, tell_cost, timed_forward
 from effuse.passes.prune_surgery import masked, pruned
 from effuse.passes.resume import Store, key_of
 from effuse.passes.skip_blocks import without
@@ -145,12 +147,28 @@ def losses(
     every = rests(part, candidates)
     base = key_of("prune", dump(part.graph), program.weights) if store else ""
     sweep = Sweep(np.zeros(len(candidates)), len(every) * len(probes), work, store)
+    todo = []
     for probe in probes:
         keys = [_key(base, probe, rest, candidates) if store else "" for rest in every]
         left = [(rest, key) for rest, key in zip(every, keys, strict=True)
                 if not sweep.known(rest, key)]  # fmt: skip
-        sweep.run(program, left, probe)
+        todo += [(probe, left)] if left else []
+    what = f"losses of {counted(candidates)} on {len(probes)} input{'s' * (len(probes) > 1)}"
+    forwards = sum(forwards_of(part, [rest for rest, _ in left]) for _, left in todo)
+    for number, (probe, left) in enumerate(todo):
+        exact, seconds = timed_forward(program, probe)
+        if number == 0:
+            tell_cost(work, what, forwards, "forwards", seconds)
+        sweep.run(program, left, probe, exact)
     return sweep.total / len(probes)
+
+
+def forwards_of(part: Part, every: Sequence[Rest]) -> float:
+    """How often the network could run while losses on one input are measured.
+
+    Once to compare with, once to hand out values, and what is left to compute of each.
+    """
+    return 2 + share_of(part.graph, [(rest.graph, len(rest.masks)) for rest in every])
 
 
 def _key(base: str, probe: Values, rest: Rest, candidates: Sequence[Candidate]) -> str:
@@ -175,11 +193,11 @@ class Sweep:
             self._add(rest, found["losses"].tolist())
         return found is not None
 
-    def run(self, program: Program, left: Sequence[tuple[Rest, str]], values: Values) -> None:
+    def run(
+        self, program: Program, left: Sequence[tuple[Rest, str]], values: Values,
+        exact: Sequence[Tensor],
+    ) -> None:  # fmt: skip
         """One input: what is before a place is computed once for all that come behind it."""
-        if not left:
-            return
-        exact = _outputs(program, values)
         keys = {rest.candidates: key for rest, key in left}
 
         def take(rest: Rest, given: Values) -> None:
@@ -313,7 +331,12 @@ def latent_shifts(
     program: Program, candidates: Sequence[Candidate], work: Work, seed: int, store: Store | None
 ) -> np.ndarray[Any, Any]:
     """How far each candidate alone moves the end of the trajectories."""
+    begun = time.perf_counter()
     exact = ending(program, work, seed)
+    seconds = time.perf_counter() - begun
+    total = max(1, graph_flops(program.part(program.plan.default).graph))
+    runs = sum(1 - each.flops / total for each in candidates)
+    tell_cost(work, f"latents without {counted(candidates)}", runs, "sampling runs", seconds)
     base = key_of("prune", exact) if store else ""
     found = np.zeros(len(candidates))
     for number, each in enumerate(candidates):

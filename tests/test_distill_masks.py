@@ -22,6 +22,7 @@ from effuse.distill_masks import (
     hard_concrete,
     learn_masks,
     settled,
+    spread,
 )
 from effuse.distill_network import Network
 from effuse.errors import CalibrationError, ConfigError
@@ -141,6 +142,19 @@ def test_memory_is_that_of_one_step():
     assert most_kept(12, whole) > 5 * most_kept(2, stepwise)
 
 
+def test_a_gate_by_positions_is_that_of_the_runs():
+    units = gates()[1]
+    scales = torch.tensor([0.5, 0.0])
+    one, other = (
+        Trajectory(network(), (gate,), TIMES, STEP).latents(values(), [scales])[-1]
+        for gate in (Gate(units.node, -1, 2), Gate(units.node, -1, 2, (0, 0, 1, 1)))
+    )
+    assert torch.equal(one, other)
+    spared = Gate(units.node, -1, 2, (1, -1, 0, 0))
+    value = torch.ones(2, 5, 4)
+    assert spread(scales, value, spared).flatten().tolist() == [0, 1, 0.5, 0.5]
+
+
 def test_open_gates_change_nothing_and_closed_ones_remove():
     open_gates = run().latents(values(), [torch.ones(2), torch.ones(4)])
     assert all(map(torch.equal, open_gates, run().latents(values())))
@@ -202,6 +216,8 @@ def test_masks_follow_from_the_seed():
         (Gate("gelu", 7, 1), "no axis 7"),
         (Gate("gelu", -1, 3), "3 groups do not divide axis -1 of size 4"),
         (Gate("gelu", -1, 0), "0 groups do not divide"),
+        (Gate("gelu", -1, 2, (0, 1)), "for each of 4 positions; came 2"),
+        (Gate("gelu", -1, 2, (0, 1, 2, 0)), "from 0 to 2"),
     ],
 )
 def test_gates_that_do_not_fit(gate, words):
