@@ -247,9 +247,9 @@ def write(path: Path, data: bytes) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build the engines that are missing."""
+    given = read_arguments(arguments)
     import tensorrt as trt
 
-    given = read_arguments(arguments)
     out: Path = given.out or given.folder
     on = tuple(each.name for each in OPTIONS if getattr(given, each.name.replace("-", "_")))
     settings = Settings(on, given.workspace, out / TIMING)
@@ -282,3 +282,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except BuildError as error:
         sys.exit(f"error: {error}")
+    except ImportError as error:
+        sys.exit(f"error: TensorRT cannot be loaded ({error}); run: pip install tensorrt")
