@@ -44,7 +44,7 @@ def figures(target: str, settings: Mapping[str, Any], roles: Mapping[str, str]) 
     from effuse.inspect_model import resolve
     from effuse.log import Log
     from effuse.pass_manager import run_passes
-    from effuse.passes import Canonicalize
+    from effuse.passes import Canonicalize, Prune
     from effuse.passes.prune_candidates import Kind, find_candidates
     from effuse.stream import on_meta
 
@@ -53,10 +53,27 @@ def figures(target: str, settings: Mapping[str, Any], roles: Mapping[str, str]) 
     model, log = resolve(target, settings), Log()
     inputs = on_meta(derive_inputs(model, batch=1))
     program = run_passes(capture(model, inputs, roles=roles or None), (Canonicalize(),))
-    rows = merged(find_candidates(program, get_args(Kind), log))
+    candidates = find_candidates(program, get_args(Kind), log)
+    rows = merged(candidates)
     rejected = {kind: dict(sorted(found.items())) for kind, found in sorted(log.reasons.items())}
     total = sum(parameter.numel() for parameter in model.parameters())
-    return {"candidates": rows, "rejected": rejected, "parameters": total}
+    return {
+        "candidates": rows,
+        "rejected": rejected,
+        "parameters": total,
+        "forwards": sweeps(program, candidates, Prune.groups),
+    }
+
+
+def sweeps(program: Any, candidates: Sequence[Any], groups: int) -> dict[str, float]:
+    """For each kind the forward passes that its losses on one input take, in all."""
+    from effuse.passes.prune_cost import forwards
+
+    part = program.part(program.plan.default)
+    kinds = dict.fromkeys(each.kind for each in candidates)
+    measured = [each for each in candidates if each.kind == "head" or each.atom < groups]
+    return {kind: round(forwards(part, [each for each in measured if each.kind == kind]), 1)
+            for kind in kinds}  # fmt: skip
 
 
 def merged(candidates: Sequence[Any]) -> list[dict[str, Any]]:
@@ -85,3 +102,5 @@ def show(console: Console, data: Mapping[str, Any]) -> None:
         f"\nof {count_text(data['parameters'])} weights; {others} places are no candidates, for "
         "reasons that --json tells"
     )
+    counts = ", ".join(f"{count:.0f} ({kind})" for kind, count in data["forwards"].items())
+    console.print(f"forward passes that a sweep by loss takes for each input: {counts}")

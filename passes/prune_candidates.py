@@ -312,6 +312,13 @@ def atom_counts(atoms: Atoms, count: int) -> Any:
     return np.bincount(np.asarray(atoms)[np.asarray(atoms) != FREE], minlength=count)
 
 
+def readers(part: Part, site: Site) -> list[fx.Node]:
+    """The layers whose weights lose columns with the site."""
+    cut = {name for name, axis in site.labels if axis == 1}
+    layers: list[Any] = calls(part.graph, *LINEARS, *CONVS)
+    return [node for node in layers if node.args[1].name in cut]
+
+
 def by_magnitude(program: Program, site: Site, groups: int) -> Site:
     """The site with its atoms in at most `groups` of equal size, those of like Σ w² together.
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 
 from torch import Tensor, fx
 
 from effuse.cost import node_flops
 from effuse.graph import calls, evaluate
 from effuse.passes.base import Work
-from effuse.passes.prune_candidates import Candidate
-from effuse.program import Program
+from effuse.passes.prune_candidates import Candidate, live, readers
+from effuse.program import Part, Program
 
 Values = Mapping[str, Tensor]
 
@@ -22,10 +23,28 @@ def graph_flops(graph: fx.Graph) -> int:
     return sum(map(node_flops, calls(graph)))
 
 
-def share_of(whole: fx.Graph, rests: Iterable[tuple[fx.Graph, int]]) -> float:
-    """How often `whole` could run while each of `rests` runs as many times as stands with it."""
-    total = graph_flops(whole)
-    return sum(count * graph_flops(rest) for rest, count in rests) / max(1, total)
+def forwards(part: Part, candidates: Iterable[Candidate]) -> float:
+    """How often the network could run while the candidates' losses on one input are measured.
+
+    Once to compare with, once to hand out values, and for each candidate what comes behind the
+    first value that it changes, by arithmetic.
+    """
+    order = {node.name: index for index, node in enumerate(part.graph.nodes)}
+    costs = [node_flops(node) if node.op == "call_function" else 0 for node in part.graph.nodes]
+    behind = [*accumulate(reversed(costs), initial=0)][::-1]
+    places: dict[int, int] = {}
+    found = 0
+    for each in candidates:
+        if each.block is not None:
+            place = min(order[join.node] for join in each.block.joins)
+            alive = live(part.graph, each.block)
+            found += sum(costs[order[name]] for name in alive if order[name] >= place)
+        elif each.site is not None:
+            key = id(each.site)
+            if key not in places:
+                places[key] = min(order[layer.name] for layer in readers(part, each.site))
+            found += behind[places[key]]
+    return 2 + found / max(1, behind[0])
 
 
 def timed_forward(program: Program, values: Values) -> tuple[tuple[Tensor, ...], float]:

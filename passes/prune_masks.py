@@ -17,16 +17,15 @@ from effuse.distill_masks import TEMPERATURE, Gate, MaskRecipe, learn_masks
 from effuse.distill_network import Network
 from effuse.dump import dump
 from effuse.errors import PassError
-from effuse.graph import calls
 from effuse.passes.base import Work
 from effuse.passes.prune_axes import Atoms, rank
 from effuse.passes.prune_candidates import (
     CONVS,
-    LINEARS,
     Candidate,
     Site,
     group_of,
     grouped,
+    readers,
     site_candidates,
 )
 from effuse.passes.prune_cost import tell_cost, timed_forward
@@ -68,11 +67,11 @@ def gates_of(part: Part, site: Site) -> tuple[Gate, ...]:
 
 def _read(part: Part, site: Site) -> list[tuple[tuple[str, int], Atoms]]:
     found = []
-    for layer in calls(part.graph, *LINEARS, *CONVS):
+    for layer in readers(part, site):
         source, weight, *_ = layer.args
         assert isinstance(source, fx.Node) and isinstance(weight, fx.Node)
-        if atoms := site.labels.get((weight.name, 1)):
-            found.append(((source.name, 1 if layer.target in CONVS else rank(source) - 1), atoms))
+        axis = 1 if layer.target in CONVS else rank(source) - 1
+        found.append(((source.name, axis), site.labels[weight.name, 1]))
     return found
 
 

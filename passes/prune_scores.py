@@ -20,7 +20,7 @@ from effuse.errors import CalibrationError, PassError
 from effuse.graph import evaluate
 from effuse.passes.base import Work
 from effuse.passes.prune_candidates import Candidate, energies, own_weights
-from effuse.passes.prune_cost import counted, graph_flops, share_of, tell_cost, timed_forward
+from effuse.passes.prune_cost import counted, forwards, graph_flops, tell_cost, timed_forward
 from effuse.passes.prune_surgery import masked, pruned
 from effuse.passes.resume import Store, key_of
 from effuse.passes.skip_blocks import without
@@ -154,21 +154,16 @@ def losses(
                 if not sweep.known(rest, key)]  # fmt: skip
         todo += [(probe, left)] if left else []
     what = f"losses of {counted(candidates)} on {len(probes)} input{'s' * (len(probes) > 1)}"
-    forwards = sum(forwards_of(part, [rest for rest, _ in left]) for _, left in todo)
+    count = sum(
+        forwards(part, [candidates[each] for rest, _ in left for each in rest.candidates])
+        for _, left in todo
+    )
     for number, (probe, left) in enumerate(todo):
         exact, seconds = timed_forward(program, probe)
         if number == 0:
-            tell_cost(work, what, forwards, "forwards", seconds)
+            tell_cost(work, what, count, "forwards", seconds)
         sweep.run(program, left, probe, exact)
     return sweep.total / len(probes)
-
-
-def forwards_of(part: Part, every: Sequence[Rest]) -> float:
-    """How often the network could run while losses on one input are measured.
-
-    Once to compare with, once to hand out values, and what is left to compute of each.
-    """
-    return 2 + share_of(part.graph, [(rest.graph, len(rest.masks)) for rest in every])
 
 
 def _key(base: str, probe: Values, rest: Rest, candidates: Sequence[Candidate]) -> str:

@@ -44,6 +44,7 @@ from effuse.passes import (
 )
 from effuse.passes.base import Work
 from effuse.passes.prune_candidates import find_candidates, find_sites
+from effuse.passes.prune_cost import forwards, graph_flops
 from effuse.passes.prune_figures import rows, size_of
 from effuse.passes.prune_knapsack import lightest
 from effuse.passes.prune_scores import (
@@ -52,6 +53,7 @@ from effuse.passes.prune_scores import (
     losses,
     magnitudes,
     record_inputs,
+    rests,
     shift,
     together,
 )
@@ -501,6 +503,31 @@ def test_a_sweep_that_was_interrupted_goes_on(tmp_path):
     assert len(list(tmp_path.iterdir())) == 8
 
 
+@pytest.mark.parametrize(("net", "kind"), (("dit", "span"), ("unet", "block"), ("flux", "head")))
+def test_the_forwards_of_a_sweep_are_those_of_its_graphs(net, kind):
+    program, every = network(net), found(net, kind)
+    part = program.part("full")
+    counted = sum(len(rest.masks) * graph_flops(rest.graph) for rest in rests(part, every))
+    assert forwards(part, every) == pytest.approx(2 + counted / graph_flops(part.graph), rel=0.02)
+
+
+def test_what_a_sweep_takes_is_told_before(tmp_path):
+    program, every = network("dit"), found("dit", "span")
+    told = []
+    work = Work(drive=sample, progress=lambda what, done, total: told.append(what))
+    with torch.no_grad():
+        probes = record_inputs(program, 2, Work(drive=sample))
+        losses(program, every, probes, work, Store(tmp_path))
+        count = 2 * forwards(program.part("full"), every)
+        start = f"prune: losses of 4 spans on 2 inputs: about {count:.0f} forwards of "
+        assert told[0].startswith(start) and told[0].endswith(" s")
+        told.clear()
+        losses(program, every, probes, work, Store(tmp_path))
+        assert set(told) == {"prune: losses"}
+        latent_shifts(program, every[:1], work, 0, None)
+    assert any(what.startswith("prune: latents without 1 span: about 1 samp") for what in told)
+
+
 def test_shifts_of_latents():
     torch.manual_seed(0)
     one = [torch.randn(4, 3, 5, 5)]
@@ -706,6 +733,9 @@ def test_inspect_lists_the_candidates_without_weights():
     assert rows["unit", "transformer_blocks.1.ff.net.0"]["parameters"] == 64 * 33
     assert {kind for kind, _ in rows} == {"span", "block", "head", "unit"}
     assert any("layer_norm" in reason for reason in data["rejected"]["unit"])
+    assert "a sweep by loss takes for each input" in said
+    assert data["forwards"].keys() == {"span", "block", "head", "unit"}
+    assert 2 < data["forwards"]["block"] < data["forwards"]["span"] < 2 + 4
 
 
 def test_inspect_refuses_an_artifact(tmp_path):
