@@ -103,11 +103,7 @@ def describe(model: Model, node: ir.Node | None) -> tuple[str, str, str]:
     if node is None:
         return "", "", "the model"
     op = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-    place = f"node {model.numbers[node]}"
-    owner = node.graph
-    if owner is not None and owner is not model.root.graph:
-        place += f" in {owner.name or 'a subgraph'}"
-    return node.name or "", op, place
+    return node.name or "", op, model.places.get(node, "")
 
 
 def resolve(target: str, version: str | None = None) -> tuple[str, Version]:

@@ -48,10 +48,15 @@ class Model:
         return (*self.root.graph.all_nodes(), *functions)
 
     @cached_property
-    def numbers(self) -> dict[ir.Node, int]:
-        """Each node's place in its own graph, from 0."""
-        graphs = (*self.root.graphs(), *self.root.functions.values())
-        return {node: number for graph in graphs for number, node in enumerate(graph)}
+    def places(self) -> dict[ir.Node, str]:
+        """Where each node is: `node 3`, `node 0 in loop_body`; the numbers are its graph's."""
+        found = {node: f"node {number}" for number, node in enumerate(self.root.graph)}
+        graphs = [each for each in self.root.graphs() if each is not self.root.graph]
+        bodies = [(each.name or "a subgraph", tuple(each)) for each in graphs]
+        bodies += [(each.name, tuple(each)) for each in self.root.functions.values()]
+        for name, nodes in bodies:
+            found |= {node: f"node {number} in {name}" for number, node in enumerate(nodes)}
+        return found
 
     @cached_property
     def quantizers(self) -> tuple[ir.Node, ...]:

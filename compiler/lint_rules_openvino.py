@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from effuse.lint_onnx import Model
+from collections.abc import Iterator
+
+from effuse.lint_onnx import Model, constant, given
 from effuse.lint_rules import Found, Rule
-from effuse.lint_rules_ops import domains, named, unranked
+from effuse.lint_rules_ops import contrib, domains, named, unranked
 from effuse.lint_rules_qdq import asymmetric, block_remainder, other_types, scale_computed
 
 SITE = "https://docs.openvino.ai/2025"
@@ -52,6 +54,14 @@ def asymmetric_weights(model: Model) -> list[Found]:
             if node is not None and model.is_constant(node.inputs[0])]  # fmt: skip
 
 
+def computed_weights(model: Model) -> Iterator[Found]:
+    """MatMulNBits whose packed weight is not stored as it is."""
+    for node in contrib(model, "MatMulNBits"):
+        weight = given(node, 1)
+        if weight is not None and constant(weight) is None:
+            yield node, "its packed weight is computed"
+
+
 OPENVINO: tuple[Rule, ...] = (
     Rule(
         "operator", OPENVINO_ONLY, "error", "The frontend has the operator.",
@@ -81,6 +91,11 @@ OPENVINO: tuple[Rule, ...] = (
     Rule(
         "block-divides", OPENVINO_ONLY, "error", "Groups of weights divide their axis.",
         FOUR_BITS, block_remainder, "Choose a group that divides the axis.",
+    ),
+    Rule(
+        "nbits-constant", OPENVINO_ONLY, "error",
+        "MatMulNBits's packed weight is an initializer, not one that a Reshape makes.",
+        FRONTEND, computed_weights, "Fold constants before exporting.",
     ),
     Rule(
         "rank", OPENVINO_ONLY, "warning", "Inputs have a known rank.",
