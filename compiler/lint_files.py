@@ -14,6 +14,8 @@ from effuse.artifact import MANIFEST, Opened
 from effuse.errors import ArtifactError, require
 from effuse.lint_onnx import ONNX_DOMAINS, Model, Version
 
+LARGEST = (1 << 31) - 1  # bytes of a protobuf message
+
 
 def read(model: Any, version: Version) -> Model:
     """A model, indexed: from a path, an onnx.ModelProto or an onnx_ir.Model.
@@ -44,6 +46,12 @@ def load(path: Path) -> Any:
         ArtifactError: there is no such file, or it holds no whole ONNX model.
     """
     try:
+        size = path.stat().st_size
+        if size > LARGEST:
+            raise ArtifactError(
+                f"{path}: {size / 1e9:.2f} GB, and no reader takes 2 GiB and more; save the model "
+                "with its weights as external data"
+            )
         data = path.read_bytes()
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read: {error.strerror or error}") from None

@@ -8,6 +8,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from effuse.errors import require
+from effuse.lint_files import LARGEST
 from effuse.lint_onnx import Model, attribute, axis_of, quantized_type
 from effuse.lint_rules import Found, Rule
 from effuse.lint_rules_ops import mixed_types
@@ -27,7 +28,6 @@ TYPES = f"ONNX concepts: Types; {DOCS}/intro/concepts.html"
 
 ALL = ("tensorrt", "onnxruntime", "openvino")
 WHOLE = 64 << 20  # bytes; larger files are checked without inferring their types once more
-LARGEST = (1 << 31) - 1  # bytes of a protobuf message
 SINCE = {  # quantized type -> first opset
     "FLOAT8E4M3FN": 19, "FLOAT8E5M2": 19, "INT4": 21, "UINT4": 21, "INT16": 21, "UINT16": 21,
     "FLOAT4E2M1": 23, "INT2": 25, "UINT2": 25,

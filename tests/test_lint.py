@@ -168,6 +168,12 @@ def test_files_that_hold_no_model(data, tmp_path):
     assert "cannot be read" in fails(path)
 
 
+def test_a_file_over_the_limit_is_not_read(tmp_path):
+    with (tmp_path / "m.onnx").open("wb") as file:
+        file.truncate(1 << 31)  # sparse
+    assert "2 GiB" in fails(tmp_path / "m.onnx")
+
+
 def test_bad_models(tmp_path):
     def says(text, change=lambda model: None):
         model = parser.parse_model(text)
