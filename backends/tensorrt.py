@@ -15,14 +15,15 @@ from effuse.backends import onnx
 from effuse.backends.tensorrt_builder import BuildError, gpu_name
 from effuse.backends.tensorrt_export import export
 from effuse.backends.tensorrt_lower import adapt as adapt
+from effuse.devices import HALF
 from effuse.errors import BackendError, require
 from effuse.lint import Finding, lint
 from effuse.plan import PartSpec, ProgramSpec
 from effuse.program import Program
 from effuse.runtime import Run, Session
-from effuse.targets import TENSORRT
 
 INSTALL = "pip install tensorrt (11.x, CUDA 13), or tensorrt-cu12 (10.x); JetPack brings its own"
+VERSIONS = ("tensorrt-10", "tensorrt-11")
 FATAL_ONLY = 4  # of ONNX Runtime's messages
 SHOWN = 5  # findings that an error lists
 
@@ -54,13 +55,16 @@ def build(
     """Write the ONNX files, the weights, and all that engines are built from, into `folder`.
 
     Args:
-        target: `tensorrt-10`, `tensorrt-11`, or a GPU; what is not a version has to suit both.
+        target: `tensorrt-10`, `tensorrt-11`, either with `-fp16`, or a GPU; what is not a version
+            has to suit both.
 
     Raises:
         BackendError: an op or a format has no form that TensorRT takes.
     """
-    table = export(program, folder, progress)
-    targets = [target] if target in TENSORRT else list(TENSORRT)
+    asked = target or ""
+    table = export(program, folder, progress, half=asked.endswith(HALF))
+    version = asked.removesuffix(HALF)
+    targets = (version,) if version in VERSIONS else VERSIONS
     found = {
         name: [each for part in table["parts"] for each in lint(folder / f"{part}.onnx", name)]
         for name in targets

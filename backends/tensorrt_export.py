@@ -18,7 +18,7 @@ from effuse.errors import require
 from effuse.graph import clone, inputs, value_of
 from effuse.onnx_store import Store
 from effuse.plan import factor_axes
-from effuse.program import Part, Program, used_weights
+from effuse.program import Part, Program
 from effuse.weights import copied
 
 WEIGHTS = "weights.safetensors"
@@ -27,18 +27,22 @@ SCRIPT, COMMANDS = "build_engines.py", "trtexec.txt"
 Progress = Any
 
 
-def export(program: Program, folder: Path, progress: Progress) -> dict[str, Any]:
+def export(
+    program: Program, folder: Path, progress: Progress, half: bool = False
+) -> dict[str, Any]:
     """Write `<part>.onnx` for every part, the weights of all, and the table; the table.
+
+    With `half` the parts compute in float16, and take and give what they did.
 
     Raises:
         BackendError: an op has no ONNX form.
     """
     store = Store()
     models = {}
-    padded = with_capacity(program)
+    padded, factors = with_capacity(program), set(factor_axes(program.adapters))
     for number, part in enumerate(program.parts):
         progress("export to ONNX", number, len(program.parts))
-        models[part.name] = export_part(part, padded, set(factor_axes(program.adapters)))
+        models[part.name] = export_part(part, padded, factors, half)
         store.take(models[part.name])
     for name in sorted(adapter_weights(program)):
         tensor = program.weights[name].contiguous()
@@ -47,7 +51,7 @@ def export(program: Program, folder: Path, progress: Progress) -> dict[str, Any]
     for name, model in models.items():
         store.save(model, folder / f"{name}.onnx")
     progress("export to ONNX", len(program.parts), len(program.parts))
-    table = describe(program, padded, folder)
+    table = describe(program, models, folder)
     text = json.dumps(table, indent=1, sort_keys=True) + "\n"
     (folder / builder.TABLE).write_text(text, encoding="utf-8")
     (folder / SCRIPT).write_text(inspect.getsource(builder), encoding="utf-8")
@@ -56,11 +60,13 @@ def export(program: Program, folder: Path, progress: Progress) -> dict[str, Any]
     return table
 
 
-def export_part(part: Part, weights: Mapping[str, torch.Tensor], factors: set[str]) -> Any:
+def export_part(
+    part: Part, weights: Mapping[str, torch.Tensor], factors: set[str], half: bool = False
+) -> Any:
     """One part as an onnx_ir model; the stored forms of `factors` keep their names."""
     graph, _ = clone(part.graph)
     own = copied(weights)
-    prepare(graph, own)
+    prepare(graph, own, half)
     lowered = Part(part.name, part.depends, graph, part.outputs)
     places = inputs(graph)
     module = PartModule(lowered, own).eval()
@@ -69,8 +75,15 @@ def export_part(part: Part, weights: Mapping[str, torch.Tensor], factors: set[st
         translations=TRANSLATIONS, reader="tensorrt",
     )  # fmt: skip
     retype(model)
-    strip(model, {module.attribute(factor_name(name)) for name in factors})
+    strip(model, {initializer for name in factors if (initializer := stored_factor(model, name))})
     return model
+
+
+def stored_factor(model: Any, name: str) -> str | None:
+    """What the stored form of a factor is called in a model, in whatever type; None without one."""
+    wanted = PartModule.attribute(factor_name(name))
+    named = (each for each in model.graph.initializers if f"{each}__".startswith(f"{wanted}__"))
+    return next(named, None)
 
 
 # ---- low-rank factors that LoRAs extend ----------------------------------------------------------
@@ -97,22 +110,19 @@ def with_capacity(program: Program) -> Mapping[str, torch.Tensor]:
     return weights
 
 
-def refits(
-    program: Program, part: Part, weights: Mapping[str, torch.Tensor]
-) -> dict[str, dict[str, Any]]:
+def refits(program: Program, model: Any) -> dict[str, dict[str, Any]]:
     """The factors that a part's engine takes anew: what each is called there, and how it lies."""
-    used = used_weights(part)
     found = {}
     for name, (axis, _) in sorted(factor_axes(program.adapters).items()):
-        if name in used:
-            shape = list(weights[name].shape)
-            flat = len(shape) == 2
+        if initializer := stored_factor(model, name):
+            stored = model.graph.initializers[initializer].const_value
+            flat = len(stored.shape) == 2
             found[name] = {
-                "initializer": PartModule.attribute(factor_name(name)),
-                "shape": shape[::-1] if flat else shape,
+                "initializer": initializer,
+                "shape": [int(size) for size in stored.shape],
                 "transposed": flat,
                 "axis": 1 - axis if flat else axis,
-                "dtype": program.model["dtype"],
+                "dtype": str(stored.dtype.numpy()),
             }
     return found
 
@@ -120,7 +130,7 @@ def refits(
 # ---- the table -----------------------------------------------------------------------------------
 
 
-def describe(program: Program, weights: Mapping[str, torch.Tensor], folder: Path) -> dict[str, Any]:
+def describe(program: Program, models: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What the builder has to know: files, digests, profiles and what can be refitted, by part."""
     stored = digest(folder / WEIGHTS)
     return {
@@ -130,7 +140,7 @@ def describe(program: Program, weights: Mapping[str, torch.Tensor], folder: Path
                 "onnx": f"{part.name}.onnx",
                 "digest": digest(folder / f"{part.name}.onnx", stored),
                 "profile": profile(part, program),
-                "refit": refits(program, part, weights),
+                "refit": refits(program, models[part.name]),
             }
             for part in program.parts
         },

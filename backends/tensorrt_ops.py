@@ -23,6 +23,7 @@ from torch import fx
 
 from effuse.backends.onnx_ops import TRANSLATIONS as RUNTIME
 from effuse.backends.onnx_ops import idle_squeezes
+from effuse.backends.tensorrt_half import halve_layers
 from effuse.backends.tensorrt_lower import uncast
 from effuse.errors import require
 from effuse.graph import calls, eliminate, emit, emit_weight, substitute, value_of
@@ -66,20 +67,23 @@ TRANSLATIONS: dict[Any, Any] = {
 } | {ops.fake_quantize.default: quantize_e4m3, ops.unpack.default: unpack}
 
 
-def prepare(graph: fx.Graph, weights: WeightStore) -> None:
-    """Rewrite a copy of an adapted part for TensorRT's parser; exact."""
+def prepare(graph: fx.Graph, weights: WeightStore, half: bool = False) -> None:
+    """Rewrite a copy of an adapted part for TensorRT's parser; exact, but for `half`: float16."""
     idle_squeezes(graph)
     layout = Layout(graph, weights)
+    for node in calls(graph, ops.project.default):
+        layout.project(node)
+    for node in calls(graph, ops.project_conv.default):
+        layout.project_conv(node)
+    if half:
+        halve_layers(graph, weights)
+        eliminate(graph)
     for node in calls(graph, ops.fake_quantize.default):
         layout.zero(node)
     for node in calls(graph, aten.linear.default):
         layout.linear(node)
     for node in calls(graph, aten.conv2d.default):
         layout.convolution(node)
-    for node in calls(graph, ops.project.default):
-        layout.project(node)
-    for node in calls(graph, ops.project_conv.default):
-        layout.project_conv(node)
     eliminate(graph)
 
 

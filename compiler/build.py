@@ -21,7 +21,7 @@ from effuse.calibrate import Progress, calibrate, draw_calls, drive, layer_value
 from effuse.capture import capture
 from effuse.config import Config
 from effuse.cost import part_costs, plan_costs, rate_costs
-from effuse.devices import device_of
+from effuse.devices import HALF, device_of
 from effuse.dump import dump
 from effuse.errors import BackendError, ConfigError
 from effuse.graph import calls
@@ -217,7 +217,8 @@ def lower(
         later = absent or (name == "onnx" and config.target)  # opened for its device, when called
         session = None if later else backend.load_session(program.spec(), folder)
         rehearsed = session or backend.rehearse(program.spec(), folder)
-        half = name == "onnx" and device_of(config.target).half
+        half = (config.target or "").endswith(HALF)
+        half = half or (name == "onnx" and device_of(config.target).half)
         if rehearsed is not None:
             parity = check_parity(program, rehearsed, name, half)
     text = "\n".join(f"# {part.name}\n{dump(part.graph)}" for part in program.parts)

@@ -48,7 +48,7 @@ GPUS = {
         Gpu("sm_120", "RTX 5090", "mma", 99 << 10, True),
     )
 }
-TENSORRT = ("tensorrt-10", "tensorrt-11")
+TENSORRT = ("tensorrt-10", "tensorrt-11", "tensorrt-10-fp16", "tensorrt-11-fp16")
 TARGETS = (*DEVICES, *GPUS, *TENSORRT)
 
 
