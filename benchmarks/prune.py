@@ -37,7 +37,7 @@ CONSOLE = Console()
 SHARES = (0.10, 0.20, 0.35, 0.50)
 BY = ("loss", "latent", "magnitude", "random")
 HAND = "hand-picked"
-RATE = 5e-4
+RATES = {"unet": 1e-4, "dit": 5e-4}  # the best of three or four each, by the loss kept aside
 
 # As BK-SDM does it: the second of two pairs in each stage, the middle, at last whole stages; and in
 # a transformer, whose blocks are alike, every other one from the middle outwards.
@@ -71,7 +71,7 @@ def rows(steps: int) -> list[Row]:
 
 def passes(row: Row, network: str, folder: Path) -> tuple[Pass, ...]:
     """The row's passes; scores are measured once for all budgets of a criterion."""
-    recovery = (Distill(steps=row.steps, rate=RATE),) if row.steps else ()
+    recovery = (Distill(steps=row.steps, rate=RATES[network]),) if row.steps else ()
     return (prune(row, network, folder), *recovery, Hoist())
 
 
