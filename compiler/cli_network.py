@@ -30,7 +30,7 @@ def compile_(
     scheduler: SchedulerFolder = None,
     timesteps: Times = None,
     backend: Annotated[
-        str | None, typer.Option(help="auto, onnx, openvino, triton or reference.")
+        str | None, typer.Option(help="auto, onnx, openvino, tensorrt, triton or reference.")
     ] = None,
     target: Annotated[
         str | None, typer.Option(metavar="CHIP", help="Build for it, here or not: sm_90, cpu-avx2.")
@@ -54,7 +54,9 @@ def compile_(
     what depends on the timestep only is then computed at build time. With --stream weights are
     read from MODEL as they are needed; nothing calibrates then, which leaves the presets exact and
     w4a16. With --backend triton every kernel is compiled for the GPU --target, which need not be
-    here; there the artifact needs torch, and compiles nothing.
+    here; there the artifact needs torch, and compiles nothing. With --backend tensorrt --target is
+    tensorrt-10 or tensorrt-11, with -fp16 for float16; engines are built where the GPU is, by the
+    artifact's build_engines.py or when it is first run.
 
     \b
     Examples:
