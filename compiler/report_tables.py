@@ -32,6 +32,7 @@ Pixels = np.ndarray[Any, Any]
 
 RATES = ("const", "schedule", "prompt", "step")
 WHEN = {"const": "never", "schedule": "per schedule", "prompt": "per prompt", "step": "every step"}
+SEVERAL = 4  # places that are counted and no longer named
 
 
 def headline(manifest: Manifest) -> str:
@@ -123,7 +124,7 @@ def pass_row(record: Mapping[str, Any]) -> tuple[str, ...]:
     why = {
         f"{rule}: {reason}" if several else reason: count
         for rule, counts in reasons.items()
-        for reason, count in counts.items()
+        for reason, count in together(counts).items()
     }
     did = [counted(record.get("rewrites", {})).replace("\n", ", "), *record.get("notes", ())]
     return (
@@ -134,6 +135,16 @@ def pass_row(record: Mapping[str, Any]) -> tuple[str, ...]:
         counted(why) or "–",
         decibels(record.get("sqnr_db")),
     )
+
+
+def together(counts: Mapping[str, int]) -> Counter[str]:
+    """Reasons `place: why` without the place, where several places share one why."""
+    shared = Counter(reason.partition(": ")[2] for reason in counts)
+    found: Counter[str] = Counter()
+    for reason, count in counts.items():
+        why = reason.partition(": ")[2]
+        found[why if why and shared[why] >= SEVERAL else reason] += count
+    return found
 
 
 def native_table(manifest: Manifest) -> Table:

@@ -299,6 +299,15 @@ def test_a_chart_of_steps_that_are_all_poor_keeps_its_place(tmp_path):
     assert "75 dB or more" not in words and "SQNR, dB (higher is better)" in words
 
 
+def test_reasons_that_many_places_share_are_counted_without_the_places(tmp_path):
+    reasons = {f"down.{n}: holds other spans": 2 for n in range(4)} | {"up: odd": 1, "noise": 3}
+    given = manifest(passes=[{"name": "prune", "reasons": {"span": reasons}}])
+    words = page(tmp_path, given).words.replace("\N{NO-BREAK SPACE}", " ")
+    assert "8 × holds other spans 3 × noise 1 × up: odd" in words
+    given = manifest(passes=[{"name": "prune", "reasons": {"span": {"a: x": 1, "b: x": 1}}}])
+    assert "1 × a: x" in page(tmp_path, given).words.replace("\N{NO-BREAK SPACE}", " ")
+
+
 def test_layers_come_worst_first(full):
     start = full.words.index("All layers, worst first")
     places = [
