@@ -68,14 +68,16 @@ CUDA = Device(
     formats=("w4a16",),
 )
 QNN = Device(
-    "qnn",  # the Hexagon processor, whose float type is float16
-    (("QNNExecutionProvider", {"backend_type": "htp"}), (CPU, {})),
+    "qnn",  # the Hexagon processor; linear layers of w8a8, whose outputs are float, stay on the CPU
+    (
+        ("QNNExecutionProvider", {"backend_type": "htp", "enable_htp_fp16_precision": "1"}),
+        (CPU, {}),
+    ),
     "pip install onnxruntime-qnn",
     formats=("w8a8",),
     ranges=("static",),
     contrib=False,
     fixed=True,
-    half=True,
     plugin="onnxruntime_qnn",
 )
 CORE_ML = Device(
@@ -112,6 +114,7 @@ DEVICES: Mapping[str, Device] = {
         CUDA,
         replace(CUDA, name="cuda" + HALF, half=True),
         QNN,
+        replace(QNN, name="qnn" + HALF, half=True),
         CORE_ML,
         replace(CORE_ML, name="coreml" + HALF, half=True),
         XNNPACK,
@@ -206,7 +209,7 @@ def plugin_devices(device: Device) -> list[Any]:
     import onnxruntime
 
     name = device.providers[0][0]
-    if name in onnxruntime.get_available_providers():
+    if not device.plugin or _plugin(device) is None:
         return []  # built in: it goes by its name
     found = [each for each in onnxruntime.get_ep_devices() if each.ep_name == name]
     if not found:

@@ -69,7 +69,7 @@ def export(source: Path, goal: Path, budget: int | None = None) -> Exported:
     with tempfile.TemporaryDirectory(prefix="effuse-") as holder:
         folder = Path(holder)
         convert(spec, opened.folder, folder, device_of(manifest["target"]))
-        if spec.adapters:  # LoRAs are added to factors that are read from there
+        if any(each.down for each in spec.adapters):  # LoRAs are added to factors read from there
             (folder / WEIGHTS).write_bytes((opened.folder / WEIGHTS).read_bytes())
         shared = sum(_sizes(opened.folder, ".onnx", WEIGHTS).values())
         written = Exported(goal, _sizes(folder), shared)

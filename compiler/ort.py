@@ -49,12 +49,18 @@ def open_session(
     if not providers and (reason := missing(device)):
         raise BackendError(reason)
     options = session_options(device, threads)
-    chosen = list(providers or device.providers)
+    chosen: list[Any] | None = list(providers or device.providers)
+    wanted = name_of(chosen[0])
     if not providers and (found := plugin_devices(device)):
         options.add_provider_for_devices(found, dict(device.providers[0][1]))
-        chosen = []
-    runs = {part.name: _run(part, folder, options, chosen) for part in spec.parts}
+        chosen = None  # the options have them
+    runs = {part.name: _run(part, folder, options, chosen, wanted) for part in spec.parts}
     return Session(spec, runs)
+
+
+def name_of(provider: Any) -> str:
+    """The name of an execution provider, given with options or without."""
+    return provider if isinstance(provider, str) else str(provider[0])
 
 
 def session_options(device: Device, threads: int = 0) -> Any:
@@ -69,15 +75,12 @@ def session_options(device: Device, threads: int = 0) -> Any:
     return options
 
 
-def _check_first(session: Any, providers: Sequence[Any]) -> None:
+def _check_first(session: Any, wanted: str) -> None:
     """See that the first provider runs: onnxruntime leaves out one whose libraries are missing.
 
     Raises:
         BackendError: it was left out.
     """
-    if not providers:
-        return
-    wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
     if wanted not in session.get_providers():
         raise BackendError(
             f"{wanted}: onnxruntime has it and could not start it (its log says why; for CUDA: the "
@@ -101,13 +104,17 @@ def model_file(folder: Path, part: str) -> Path:
     return small if small.is_file() else folder / f"{part}.onnx"
 
 
-def _run(part: PartSpec, folder: Path, options: Any, providers: list[Any]) -> Run:
+def _run(
+    part: PartSpec, folder: Path, options: Any, providers: list[Any] | None, wanted: str
+) -> Run:
     path = model_file(folder, part.name)
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=providers or None)
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=providers, enable_fallback=0
+        )
     except Exception as error:  # onnxruntime's exceptions have no common base
         raise ArtifactError(f"{path.name}: onnxruntime cannot load it: {error}") from error
-    _check_first(session, providers)
+    _check_first(session, wanted)
     names = {item.name for item in session.get_inputs()}
     names |= {item.name for item in session.get_overridable_initializers()}
 

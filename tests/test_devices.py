@@ -172,6 +172,15 @@ def test_a_device_that_is_not_here(tmp_path):
     np.testing.assert_allclose(called(asked), called(built(None)), rtol=1e-4, atol=1e-5)
 
 
+def test_a_provider_that_does_not_start_is_not_replaced_in_silence(tmp_path):
+    path = built(None).save(tmp_path / "net.effuse")
+    with (
+        pytest.warns(UserWarning, match="not in available provider names"),
+        pytest.raises(BackendError, match=r"could not start it .* or ask for the CPU"),
+    ):
+        effuse.load(path, providers=[("XnnpackExecutionProvider", {}), CPU])
+
+
 def test_a_cpu_is_here_and_its_session_opens_when_it_is_called():
     compiled = built("cpu-avx512vnni")
     assert compiled.manifest["absent"] is None
