@@ -21,16 +21,20 @@ from cpu_torch import ao_dynamic, ao_static, eager, inductor, tensors
 
 BASELINE = "ORT fp32"
 OURS = "effuse"
+ON_OPENVINO = ("exact", "w8a8", "w4a16", "w4a8")  # presets that have a row there, too
 
 
-def build_effuse(job: Job, plain: Any) -> str:
+def build_effuse(job: Job, plain: Any, backend: str | None = None) -> str:
     """compile with the schedule and the inputs of calibration; save."""
     import effuse
+    from effuse.config import resolve
 
-    names = plain.names
+    names, settings = plain.names, resolve(job.config)
+    if backend is not None:
+        settings = settings.model_copy(update={"backend": backend})
     inputs = [dict(zip(names, each, strict=True)) | plain.fixed for each in tensors(job)]
     compiled = effuse.compile(
-        plain.module, job.config, inputs=inputs[0], schedule=job.timesteps,
+        plain.module, settings, inputs=inputs[0], schedule=job.timesteps,
         calibration=inputs, progress=False,
     )  # fmt: skip
     compiled.save(job.place("artifact"))
@@ -75,6 +79,15 @@ def effuse_row(config: str) -> Row:
     return Row(name, load_effuse, build_effuse, ("effuse.build",), ("effuse.ort",), config)
 
 
+def openvino_row(preset: str) -> Row:
+    """A row of ours through OpenVINO."""
+    build = functools.partial(build_effuse, backend="openvino")
+    needed = ("effuse.openvino_run", *OV)
+    return Row(f"{OURS} {preset}, OpenVINO", load_effuse, build, ("effuse.build", *OV), needed,
+               preset)  # fmt: skip
+
+
 def all_rows(configs: Sequence[str]) -> list[Row]:
     """The peers, then ours."""
-    return [*PEERS, *map(effuse_row, configs)]
+    again = (each for each in configs if each in ON_OPENVINO)
+    return [*PEERS, *map(effuse_row, configs), *map(openvino_row, again)]

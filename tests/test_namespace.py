@@ -36,6 +36,7 @@ DEVICE = (
     "lora_file",
     "lora",
     "ort",
+    "openvino_run",
     "artifact",
     "api",
     "onnx_store",
