@@ -17,6 +17,8 @@ from effuse.backends.tensorrt_export import export
 from effuse.backends.tensorrt_lower import adapt as adapt
 from effuse.devices import HALF
 from effuse.errors import BackendError, require
+from effuse.graph import calls
+from effuse.kernels.table import BY_TARGET
 from effuse.lint import Finding, lint
 from effuse.plan import PartSpec, ProgramSpec
 from effuse.program import Program
@@ -25,6 +27,7 @@ from effuse.runtime import Run, Session
 INSTALL = "pip install tensorrt (11.x, CUDA 13), or tensorrt-cu12 (10.x); JetPack brings its own"
 VERSIONS = ("tensorrt-10", "tensorrt-11")
 FATAL_ONLY = 4  # of ONNX Runtime's messages
+UNDECIDED = "as the engine's builder decides"  # and no builder is on the machines that test this
 SHOWN = 5  # findings that an error lists
 
 
@@ -77,7 +80,13 @@ def build(
         }
         for name, findings in found.items()
     }
-    return {"lint": counts}
+    return {"lint": counts, "native": dict.fromkeys(effuse_ops(program), UNDECIDED)}
+
+
+def effuse_ops(program: Program) -> list[str]:
+    """The names of effuse's ops that a program holds."""
+    targets = {node.target for part in program.parts for node in calls(part.graph)}
+    return sorted(BY_TARGET[target].name for target in targets if target in BY_TARGET)
 
 
 def refuse(target: str, errors: list[Finding]) -> None:

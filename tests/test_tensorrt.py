@@ -221,6 +221,8 @@ def test_an_artifact_without_a_gpu_is_read_and_says_what_is_missing(tmp_path):
                               progress=False)  # fmt: skip
     assert compiled.manifest["parity"]["sqnr_db"] > 60
     assert "TensorRT" in compiled.manifest["absent"]
+    assert set(compiled.manifest["native"]) == {"quantize", "dequantize"}  # and none said to be so
+    assert not {"native", "simulated"} & set(compiled.manifest["native"].values())
     loaded = effuse.load(compiled.save(tmp_path / "net.effuse"))
     assert loaded.manifest["passes"][-1]["name"] == "tensorrt"
     assert {"engines.json", "build_engines.py", "trtexec.txt"} <= set(loaded.manifest["files"])
