@@ -99,7 +99,7 @@ MISTAKES = [
     ),
     ({"pases": []}, "config: no option 'pases'; did you mean 'passes'?"),
     ({"backend": "onx"}, "backend: 'onx' is not in this version; did you mean 'onnx'?"),
-    ({"backend": "tensorrt"}, "backend: 'tensorrt' is not in this version"),
+    ({"backend": "executorch"}, "backend: 'executorch' is not in this version"),
     ({"target": "cpu-avx512vni"}, "target: 'cpu-avx512vni' is not in this version; did you mean"),
     (
         {"calibration_steps": "normale"},
