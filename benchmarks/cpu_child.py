@@ -1,8 +1,8 @@
 """One row of the CPU benchmark in a process of its own: JSON lines in, JSON lines out.
 
 `cpu_child.py JOB`, with the job as JSON. Requests: {"do": "build"}, {"do": "load"}, {"do": "round",
-"seconds": …}. Each is answered by one line; what failed, by {"error": …}. Standard output belongs
-to the answers; what libraries print goes to standard error.
+"seconds": …}, {"do": "sample"}. Each is answered by one line; what failed, by {"error": …}.
+Standard output belongs to the answers; what libraries print goes to standard error.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from cpu_job import Job, Loaded, Row, first_line
 from cpu_peers import all_rows
+from cpu_trajectory import sample
 
 STATUS = Path("/proc/self/status")
 LEAST = 2  # calls of a round, however slow
@@ -74,6 +75,14 @@ class Child:
         while len(times) < LEAST or sum(times) < seconds:
             times.append(self.call())
         return {"times": times, "peak": peak()}
+
+    def sample(self) -> dict[str, Any]:
+        """A whole run over the schedule; the picture into picture.npy, seconds in the network."""
+        if self.loaded is None or self.job.timesteps is None:
+            raise ValueError("a run before load, or without a schedule")
+        picture, seconds = sample(self.loaded.run, self.inputs[0], self.job.timesteps)
+        np.save(self.job.place("picture.npy"), picture)
+        return {"seconds": seconds}
 
     def call(self) -> float:
         """Seconds of one run."""

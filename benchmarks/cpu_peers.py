@@ -21,7 +21,7 @@ from cpu_torch import ao_dynamic, ao_static, eager, inductor, tensors
 
 BASELINE = "ORT fp32"
 OURS = "effuse"
-ON_OPENVINO = ("exact", "w8a8", "w4a16", "w4a8")  # presets that have a row there, too
+ON_OPENVINO = ("exact", "w8a8", "w8a8-cache", "w4a16", "w4a8")  # presets that have a row there, too
 
 
 def build_effuse(job: Job, plain: Any, backend: str | None = None) -> str:
