@@ -50,7 +50,7 @@ TINY = {
 }  # fmt: skip
 KEPT = Path(tempfile.gettempdir()) / "effuse-prune-sweep"
 MOST = 8 * 2**30  # bytes that a sweep may hold
-CONSOLE = Console()
+CONSOLE = Console(soft_wrap=True)
 
 
 def network(size: int, smoke: bool) -> nn.Module:
