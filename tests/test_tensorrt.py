@@ -124,9 +124,9 @@ def test_both_versions_take_the_files(built):
     for part in changed.parts:
         path = folder / f"{part.name}.onnx"
         onnx.checker.check_model(str(path), full_check=True)
-        for target in TENSORRT:
+        for target in tensorrt.VERSIONS:
             assert [each for each in lint(path, target) if each.severity == "error"] == []
-    assert set(told["lint"]) == set(TENSORRT)
+    assert set(told["lint"]) == set(tensorrt.VERSIONS)
 
 
 def test_codes_are_stored_in_their_own_types(built):
@@ -201,6 +201,13 @@ def test_what_tensorrt_lacks_is_refused_with_the_way_out(format, options, told):
     with pytest.raises(BackendError, match=r"tensorrt: .*in the part 'full'") as caught:
         tensorrt.adapt(program)
     assert told in str(caught.value)
+
+
+def test_files_that_break_a_rule_are_refused_with_the_remedy(tmp_path):
+    passes = (Canonicalize(), Quantize("int4/group32:none:int8/channel:none", **OPTIONS))
+    program = tensorrt.adapt(run_passes(captured(), passes, None))
+    with pytest.raises(BackendError, match=r"tensorrt-11 would not take .* blocks of 64 or 128"):
+        tensorrt.build(program, tmp_path, target="tensorrt-11")
 
 
 def test_two_builds_give_the_same_bytes(built, tmp_path):
