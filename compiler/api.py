@@ -288,6 +288,11 @@ def _open(
         from effuse.backends.reference import load_session
 
         return load_session(spec, folder)
+    if backend == "executorch":
+        require("torch")
+        from effuse import export_pte
+
+        return export_pte.open_session(spec, folder)
     if backend in ON_GPU:
         require("torch")
         module = importlib.import_module(f"effuse.backends.{backend}")

@@ -30,6 +30,9 @@ def run(
     lora: Annotated[
         list[str] | None, typer.Option(metavar="FILE[:SCALE]", help="A LoRA to load; again.")
     ] = None,
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="On the CPU, whatever it is built for.")
+    ] = False,
 ) -> None:
     """Sample pictures from an artifact into one PNG.
 
@@ -46,7 +49,7 @@ def run(
     from effuse.cli_sample import Sampling, sample
 
     sample(Sampling(artifact, output, steps, scheduler, inputs, uncond, guidance, seed,
-                    sizes(size or (), "--size"), scaled(lora or ())))  # fmt: skip
+                    sizes(size or (), "--size"), scaled(lora or ()), cpu))  # fmt: skip
 
 
 def bench(

@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from effuse import api
 from effuse.cli_text import check_place, out, shape_text, size_text, whole_file
+from effuse.devices import CPU
 from effuse.errors import ConfigError, InputError, nearest, require
 from effuse.plan import Input, ProgramSpec, Role
 from effuse.report_plan import variants_text
@@ -42,6 +43,7 @@ class Sampling:
     seed: int = 0
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     loras: Mapping[Path, float] = dataclasses.field(default_factory=dict)  # with their scales
+    cpu: bool = False  # in place of the device that it was built for
 
 
 def read_arrays(path: Path | None, spec: ProgramSpec) -> Values:
@@ -200,7 +202,8 @@ def sample(request: Sampling) -> None:
     """Sample pictures from an artifact, and write them as one grid."""
     check_place(request.output)
     require("torch")
-    console, compiled = out(), api.load(request.artifact)
+    console = out()
+    compiled = api.load(request.artifact, providers=(CPU,) if request.cpu else ())
     spec = compiled.session.spec
     for path, scale in request.loras.items():
         name = compiled.load_lora(path, scale)

@@ -190,7 +190,7 @@ def missing(device: Device) -> str | None:
     return (
         f"target {device.name!r} needs {wanted}, and onnxruntime {onnxruntime.__version__} here "
         f"has {', '.join(known)}; get it by: {device.install}; or ask for the CPU: "
-        f"effuse.load(path, providers=[{CPU!r}])"
+        f"effuse.load(path, providers=[{CPU!r}]), effuse run --cpu"
     )
 
 

@@ -49,12 +49,12 @@ def open_session(
     if not providers and (reason := missing(device)):
         raise BackendError(reason)
     options = session_options(device, threads)
-    chosen: list[Any] | None = list(providers or device.providers)
-    wanted = name_of(chosen[0])
-    if not providers and (found := plugin_devices(device)):
+    chosen = providers or device.providers
+    found = [] if providers else plugin_devices(device)
+    if found:
         options.add_provider_for_devices(found, dict(device.providers[0][1]))
-        chosen = None  # the options have them
-    runs = {part.name: _run(part, folder, options, chosen, wanted) for part in spec.parts}
+    named, wanted = None if found else list(chosen), name_of(chosen[0])
+    runs = {part.name: _run(part, folder, options, named, wanted) for part in spec.parts}
     return Session(spec, runs)
 
 
@@ -105,7 +105,7 @@ def model_file(folder: Path, part: str) -> Path:
 
 
 def _run(
-    part: PartSpec, folder: Path, options: Any, providers: list[Any] | None, wanted: str
+    part: PartSpec, folder: Path, options: Any, providers: Sequence[Any] | None, wanted: str
 ) -> Run:
     path = model_file(folder, part.name)
     try:

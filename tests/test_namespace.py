@@ -35,6 +35,7 @@ DEVICE = (
     "lora_scale",
     "lora_file",
     "lora",
+    "devices",
     "ort",
     "openvino_run",
     "artifact",
