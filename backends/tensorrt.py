@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from effuse.backends import onnx
 from effuse.backends.tensorrt_builder import BuildError, gpu_name
 from effuse.backends.tensorrt_export import export
@@ -23,9 +25,15 @@ from effuse.lint import Finding, lint
 from effuse.plan import PartSpec, ProgramSpec
 from effuse.program import Program
 from effuse.runtime import Run, Session
+from effuse.targets import GPUS
 
 INSTALL = "pip install tensorrt (11.x, CUDA 13), or tensorrt-cu12 (10.x); JetPack brings its own"
 VERSIONS = ("tensorrt-10", "tensorrt-11")
+LOW_BIT = {  # effuse's ops, with the place of the quantizer among their arguments
+    torch.ops.effuse.unpack.default: 4,
+    torch.ops.effuse.fake_quantize.default: 3,
+}
+SINCE = {"e4m3": 89, "e2m1": 100}  # the first compute capability whose tensor cores have the grid
 FATAL_ONLY = 4  # of ONNX Runtime's messages
 UNDECIDED = "as the engine's builder decides"  # and no builder is on the machines that test this
 SHOWN = 5  # findings that an error lists
@@ -48,6 +56,8 @@ def absent(target: str | None) -> str | None:
         gpu_name()
     except BuildError as error:
         return f"engines are built on the GPU that runs them: {error}"
+    if not torch.cuda.is_available():
+        return "PyTorch here is without CUDA, and its tensors are what engines read and write"
     return None
 
 
@@ -65,6 +75,7 @@ def build(
         BackendError: an op or a format has no form that TensorRT takes.
     """
     asked = target or ""
+    check_gpu(program, asked)
     table = export(program, folder, progress, half=asked.endswith(HALF))
     version = asked.removesuffix(HALF)
     targets = (version,) if version in VERSIONS else VERSIONS
@@ -81,6 +92,23 @@ def build(
         for name, findings in found.items()
     }
     return {"lint": counts, "native": dict.fromkeys(effuse_ops(program), UNDECIDED)}
+
+
+def check_gpu(program: Program, target: str) -> None:
+    """See that the GPU, if one is named, multiplies the program's numbers.
+
+    Raises:
+        BackendError: it does not; it names the first that does.
+    """
+    gpu = GPUS.get(target)
+    nodes = (node for part in program.parts for node in calls(part.graph, *LOW_BIT))
+    grids = {str(node.args[LOW_BIT[node.target]]).split("/")[0] for node in nodes}
+    for grid, least in SINCE.items():
+        if gpu is not None and grid in grids and gpu.capability < least:
+            raise BackendError(
+                f"tensorrt: {gpu.name} ({gpu.chips}) has no products of {grid}; the first GPU that "
+                f"has is sm_{least}; or quantize to integers, as Quantize('w8a8') does"
+            )
 
 
 def effuse_ops(program: Program) -> list[str]:

@@ -210,6 +210,14 @@ def test_files_that_break_a_rule_are_refused_with_the_remedy(tmp_path):
         tensorrt.build(program, tmp_path, target="tensorrt-11")
 
 
+def test_a_gpu_without_the_numbers_is_refused(tmp_path):
+    passes = (Canonicalize(), Quantize("e4m3/channel:none", **OPTIONS))
+    program = tensorrt.adapt(run_passes(captured(), passes, None))
+    tensorrt.check_gpu(program, "sm_89")
+    with pytest.raises(BackendError, match=r"sm_87 \(Jetson Orin\) has no products of e4m3.*sm_89"):
+        tensorrt.build(program, tmp_path, target="sm_87")
+
+
 def test_two_builds_give_the_same_bytes(built, tmp_path):
     name, _, changed, folder, _ = built
     if name != "changed":
