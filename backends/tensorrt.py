@@ -29,7 +29,7 @@ from effuse.targets import GPUS
 
 INSTALL = "pip install tensorrt (11.x, CUDA 13), or tensorrt-cu12 (10.x); JetPack brings its own"
 VERSIONS = ("tensorrt-10", "tensorrt-11")
-LOW_BIT = {  # effuse's ops, with the place of the quantizer among their arguments
+LOW_BIT: dict[Any, int] = {  # effuse's ops, with the place of the quantizer among their arguments
     torch.ops.effuse.unpack.default: 4,
     torch.ops.effuse.fake_quantize.default: 3,
 }
