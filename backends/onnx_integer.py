@@ -94,18 +94,28 @@ def bind_nbits(graph: fx.Graph, weights: WeightStore) -> None:
         source, activation = (x.args[0], x.args[3]) if rounded else (x, "")
         rows = weight.args[5][0]  # type: ignore[index]
         with graph.inserting_before(node):
-            packed = _offset(graph, weights, weight.args[0])
+            packed = _blocks(graph, weights, weight.args[0], parse_quantizer(text).group)
+            scales = _stored_flat(graph, weights, weight.args[1])
             new = emit(
-                graph, ops.linear_nbits.default, source, packed, weight.args[1], bias, text,
-                activation, rows, like=node,
+                graph, ops.linear_nbits.default, source, packed, scales, bias, text, activation,
+                rows, like=node,
             )  # fmt: skip
         substitute(node, new)
 
 
-def _offset(graph: fx.Graph, weights: WeightStore, node: Any) -> fx.Node:
-    """The packed codes with 8 for 0, as the runtime's kernel wants them."""
+def _blocks(graph: fx.Graph, weights: WeightStore, node: Any, group: int) -> fx.Node:
+    """The packed codes (rows, groups, bytes of a group) with 8 for 0.
+
+    Stored so: OpenVINO takes none from a Reshape, and the exporter folds only small ones.
+    """
     name = str(node.target)
-    return emit_weight(graph, weights, f"{name}.offset", weights[name] ^ low_bit.OFFSET)
+    blocks = weights[name].unflatten(1, (-1, group // 2)) ^ low_bit.OFFSET
+    return emit_weight(graph, weights, f"{name}.blocks", blocks)
+
+
+def _stored_flat(graph: fx.Graph, weights: WeightStore, node: Any) -> fx.Node:
+    name = str(node.target)
+    return emit_weight(graph, weights, f"{name}.flat", weights[name].flatten())
 
 
 def groups_of_four(weight: Quantizer) -> bool:

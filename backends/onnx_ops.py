@@ -127,12 +127,9 @@ def linear_nbits(
     x: Any, packed: Any, scale: Any, bias: Any, weight: str, activation: str, rows: int
 ) -> Any:
     """effuse::linear_nbits."""
-    group = parse_quantizer(weight).group
-    columns = x.shape[-1]
-    blocks = op.Reshape(packed, op.Constant(value_ints=[rows, columns // group, group // 2]))
     return MATMUL_NBITS(
-        x, blocks, op.Reshape(scale, op.Constant(value_ints=[-1])), None, None, bias,
-        K=columns, N=rows, bits=4, block_size=group, accuracy_level=4 if activation else 1,
+        x, packed, scale, None, None, bias, K=x.shape[-1], N=rows, bits=4,
+        block_size=parse_quantizer(weight).group, accuracy_level=4 if activation else 1,
     )  # fmt: skip
 
 

@@ -98,12 +98,14 @@ def linear_nbits_reference(
     activation: str,
     rows: int,
 ) -> Tensor:
-    """x (…, in), a packed weight (rows, bytes) of quantizer `weight` -> (…, rows) in x's dtype.
+    """x (…, in), a packed weight of quantizer `weight` -> (…, rows) in x's dtype.
 
-    Codes of 4 bits are stored with 8 for 0; `activation` is the quantizer of x, or empty.
+    The weight is stored as the runtime's kernel wants it: (rows, groups, bytes of a group), codes
+    of 4 bits with 8 for 0, scales (rows · groups). `activation` is the quantizer of x, or empty.
     """
     given = fake_quantize_reference(x, None, None, activation) if activation else x
-    real = unpack_reference(packed ^ OFFSET, scale, None, None, weight, [rows, x.shape[-1]])
+    codes, scales = packed.flatten(1) ^ OFFSET, scale.reshape(rows, -1)
+    real = unpack_reference(codes, scales, None, None, weight, [rows, x.shape[-1]])
     y = torch.nn.functional.linear(given.float(), real, None if bias is None else bias.float())
     return y.to(x.dtype)
 

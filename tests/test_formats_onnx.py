@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 import effuse
 from effuse.errors import BackendError
+from effuse.lint import lint
+from effuse.metrics import sqnr_db
 from effuse.ort import CONFIG
 from effuse.passes import Hoist, Quantize
 
@@ -113,6 +115,27 @@ def test_weights_alone_in_few_bits_are_few_bits_in_the_file(name, tmp_path):
     assert sum(math.prod(each.dims) for each in whole) <= 2 * (64 + 256)  # scales and biases
     found = kernels(tmp_path / "net.effuse", tmp_path)
     assert not found["DequantizeLinear"] + found["Cast"] + found["MatMulNBits"]
+
+
+@pytest.mark.parametrize("name", [W4A16, W4A8])
+def test_four_bit_weights_are_stored_as_the_kernels_read_them(name):
+    """Of a wide layer: the exporter computes a Reshape only where it is of under 8192 bytes."""
+    wide = nn.Sequential(nn.Linear(256, 128)).eval()
+    inputs = {"input": torch.randn(4, 256, generator=torch.Generator().manual_seed(1))}
+    config = effuse.Config(passes=(Quantize(name, **OPTIONS),))
+    model = effuse.compile(wide, config, inputs=inputs, progress=False)
+    path = model.folder / "full.onnx"
+    graph = onnx.load(str(path), load_external_data=False).graph
+    stored = {each.name: tuple(each.dims) for each in graph.initializer}
+    (product,) = graph.node
+    assert product.op_type == "MatMulNBits"
+    assert [stored[each] for each in product.input[1:3]] == [(128, 8, 16), (128 * 8,)]
+    assert not [each for each in lint(path, "openvino") if each.rule == "nbits-constant"]
+    reference = effuse.compile(
+        wide, config.model_copy(update={"backend": "reference"}), inputs=inputs, progress=False
+    )
+    x = torch.randn(4, 256, generator=torch.Generator().manual_seed(2))
+    assert sqnr_db(reference(x), model(x)) > 100
 
 
 @pytest.mark.parametrize("index", [0, 4, 9])

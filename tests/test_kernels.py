@@ -155,7 +155,8 @@ def widen_by_hand(packed, bits, shape):
 
 def nbits_by_hand(x, packed, scale, bias, weight, activation, rows):
     x = fake_quantize_by_hand(x, None, None, activation) if activation else numpy_of(x)
-    real = unpack_by_hand(packed ^ 0x88, scale, None, None, weight, [rows, x.shape[-1]])
+    codes, scales = packed.reshape(rows, -1) ^ 0x88, scale.reshape(rows, -1)
+    real = unpack_by_hand(codes, scales, None, None, weight, [rows, x.shape[-1]])
     y = x.astype(np.float64) @ real.T
     return y if bias is None else y + numpy_of(bias)
 
