@@ -69,7 +69,7 @@ CUDA = Device(
 )
 QNN = Device(
     "qnn",  # the Hexagon processor; linear layers of w8a8, whose outputs are float, stay on the CPU
-    # float32 runs in float16 by default; asked for by option, it wants the chip's number (soc_model)
+    # float32 runs in float16 by default; as an option, that wants the chip's number (soc_model) too
     (("QNNExecutionProvider", {"backend_type": "htp"}), (CPU, {})),
     "pip install onnxruntime-qnn",
     formats=("w8a8",),
