@@ -26,6 +26,7 @@ from effuse.backends.onnx_integer import (
     restore_weights,
     unsupported,
 )
+from effuse.backends.openvino_ranges import merge_ranges
 from effuse.errors import BackendError, require
 from effuse.graph import calls, clone, eliminate, value_of
 from effuse.kernels.quantizers import parse_quantizer
@@ -37,6 +38,8 @@ from effuse.runtime import Session
 from effuse.weights import WeightStore, copied
 
 ops = torch.ops.effuse
+
+adapt = merge_ranges  # of build.lower: what the back end cannot but change, before it is checked
 
 
 def absent(target: str | None) -> str | None:

@@ -161,10 +161,19 @@ def test_what_it_lacks_is_refused_with_what_it_has(net, name):
         compiled(net, Quantize(name, **OPTIONS))
 
 
-@pytest.mark.parametrize("when", ["step", "dynamic"])
-def test_ranges_that_are_not_stored_are_refused_with_the_way_out(net, when):
+def test_ranges_at_run_time_are_refused_with_the_way_out(net):
     with pytest.raises(BackendError, match="activations='static'"):
-        compiled(net, Quantize("w8a8", activations=when, **OPTIONS))
+        compiled(net, Quantize("w8a8", activations="dynamic", **OPTIONS))
+
+
+def test_ranges_by_step_become_one_and_it_says_so(net, eight):
+    result = compiled(net, Quantize("w8a8", activations="step", **OPTIONS))
+    assert layers(result) == layers(eight) == {"Convolution": (2, 2), LINEAR: (4, 4)}
+    record = result.manifest["passes"][-1]
+    assert record["name"] == "openvino" and record["sqnr_db"] > 15
+    assert "one that covers all steps" in record["notes"][0]
+    assert result.manifest["parity"]["sqnr_db"] > 100
+    assert abs(agreement(net, result) - agreement(net, eight)) < 1  # as if it were static
 
 
 def test_a_target_of_onnx_runtime_is_refused():
