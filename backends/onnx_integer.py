@@ -109,7 +109,8 @@ def _blocks(graph: fx.Graph, weights: WeightStore, node: Any, group: int) -> fx.
     Stored so: OpenVINO takes none from a Reshape, and the exporter folds only small ones.
     """
     name = str(node.target)
-    blocks = weights[name].unflatten(1, (-1, group // 2)) ^ low_bit.OFFSET
+    codes = weights[name]
+    blocks = codes.reshape(len(codes), -1, group // 2) ^ low_bit.OFFSET
     return emit_weight(graph, weights, f"{name}.blocks", blocks)
 
 

@@ -114,7 +114,7 @@ def _packed(g: torch.Generator, quantizer: str, *shape: int) -> low_bit.Packed:
 def _nbits_samples(g: torch.Generator) -> list[Sample]:
     how = "int4/group32"
     packed = _packed(g, how, 6, 64)
-    weight = (packed.packed.unflatten(1, (2, 16)) ^ low_bit.OFFSET, packed.scale.flatten())
+    weight = (packed.packed.reshape(6, 2, 16) ^ low_bit.OFFSET, packed.scale.flatten())
     return [
         (_uniform(g, 3, 64), *weight, _uniform(g, 6), how, "", 6),
         (_uniform(g, 2, 5, 64), *weight, None, how, "", 6),
