@@ -93,7 +93,9 @@ def trained(*where: str) -> Network:
     return Network(summary, make, data, kind == "transformer")
 
 
-def tape(pipe: Any, network: nn.Module, prompts: Sequence[str], seed: int) -> Inputs:
+def tape(
+    pipe: Any, network: nn.Module, prompts: Sequence[str], seed: int, steps: int = STEPS
+) -> Inputs:
     """What a sampling run hands to the network."""
     found: Inputs = []
     signature = inspect.signature(network.forward)
@@ -102,7 +104,7 @@ def tape(pipe: Any, network: nn.Module, prompts: Sequence[str], seed: int) -> In
         given = signature.bind(*args, **kwargs).arguments
         found.append({k: v.clone() for k, v in given.items() if torch.is_tensor(v)})
 
-    pipe.scheduler.set_timesteps(STEPS)
+    pipe.scheduler.set_timesteps(steps)
     hook = network.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         pipe.latents(prompts, seed)
