@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +22,7 @@ from effuse.plan import Role
 from effuse.program import Program
 from effuse.watch import Watch
 
-PROBES = 4  # calls that quality is measured on before and after
+PROBES = 6  # calls that quality is measured on before and after
 ENOUGH = 3 * PROBES  # calls of which so many are kept aside
 LINEAR_BETAS = (1e-4, 0.02, 1000)  # DDPM's, from, to, steps: where no scheduler says otherwise
 
@@ -56,10 +57,23 @@ def shuffled(count: int, seed: int, turn: int) -> list[int]:
     return torch.randperm(count, generator=generator).tolist()
 
 
+def drawn(count: int, wanted: int, seed: int) -> set[int]:
+    """One number of each of `wanted` equal stretches of range(count), at random.
+
+    Not the middle ones: calls come trajectory by trajectory, and all might be of one step.
+    """
+    edges = [number * count // wanted for number in range(wanted + 1)]
+    return {
+        low + shuffled(high - low, seed, -1 - number)[0]
+        for number, (low, high) in enumerate(pairwise(edges))
+    }
+
+
 class Pool:
     """Calls that are at hand; each is taken once before any is taken again.
 
-    Of enough calls a few are kept aside, for quality; of fewer, quality is that on some of them.
+    Of enough calls a few, drawn all over, are kept aside for quality; of fewer, quality is that on
+    some of them.
 
     Raises:
         CalibrationError: there are none.
@@ -72,7 +86,7 @@ class Pool:
                 "inputs, or a run(model) that samples with the model it is given"
             )
         count = min(PROBES, len(calls))
-        aside = {(2 * n + 1) * len(calls) // (2 * count) for n in range(count)}
+        aside = drawn(len(calls), count, seed)
         self._probes = tuple(calls[index] for index in sorted(aside))
         kept = [call for index, call in enumerate(calls) if index not in aside]
         self.calls = tuple(kept if len(calls) >= ENOUGH else calls)

@@ -17,7 +17,18 @@ from torch.nn import functional as F
 
 import effuse
 from effuse.capture import capture
-from effuse.distill_data import Call, Listener, Pool, Trajectories, ddim, euler, sampler
+from effuse.distill_data import (
+    ENOUGH,
+    PROBES,
+    Call,
+    Listener,
+    Pool,
+    Trajectories,
+    ddim,
+    drawn,
+    euler,
+    sampler,
+)
 from effuse.distill_loss import feature_loss, match_features, output_loss
 from effuse.distill_network import Network, trainable
 from effuse.distill_state import Folder, State
@@ -264,8 +275,8 @@ def test_average_is_the_weights_moving_mean():
 def test_a_pool_gives_every_call_once_a_turn(count, seed):
     source = Pool([Call({"x": torch.tensor(n)}) for n in range(count)], seed)
     probes = [int(each.values["x"]) for each in source.probes()]
-    assert len(set(probes)) == min(count, 4)
-    taken = set(range(count)) - set(probes if count >= 12 else ())
+    assert len(set(probes)) == min(count, PROBES)
+    taken = set(range(count)) - set(probes if count >= ENOUGH else ())
     turns = [[int(source.at(turn * len(taken) + n).values["x"]) for n in range(len(taken))]
              for turn in (0, 1, 2, 1)]  # fmt: skip
     assert all(len(turn) == len(taken) and set(turn) == taken for turn in turns)
@@ -273,6 +284,14 @@ def test_a_pool_gives_every_call_once_a_turn(count, seed):
 
 
 # ---- recovery ------------------------------------------------------------------------------------
+
+
+def test_what_is_kept_aside_is_of_several_steps():
+    """Eight trajectories of twenty steps: evenly spaced calls would be of one step."""
+    for seed in range(20):
+        found = drawn(160, PROBES, seed)
+        assert [each * PROBES // 160 for each in sorted(found)] == list(range(PROBES))
+        assert len({each % 20 for each in found}) > PROBES // 2
 
 
 def test_a_pruned_network_recovers_and_its_loss_falls():
