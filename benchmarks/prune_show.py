@@ -48,9 +48,9 @@ def pairs(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, An
     steps = short(rows)
     recovered = {(row["by"], row["share"]): row for row in rows if steps and row["steps"] == steps}
     plain = {(row["by"], row["share"]): row for row in rows if not row["steps"]}
-    return [
-        (plain.get(key, row), recovered.get(key)) for key, row in {**recovered, **plain}.items()
-    ]
+    every = {**recovered, **plain}
+    order = sorted(every, key=lambda key: (key[1], list(COLORS).index(key[0])))
+    return [(plain.get(key, every[key]), recovered.get(key)) for key in order]
 
 
 def compared(document: Mapping[str, Any]) -> list[str]:
@@ -98,7 +98,7 @@ def plot(path: Path, network: str, document: Mapping[str, Any]) -> None:
         for recovered in (False, True):
             rows = [
                 row
-                for row in document["rows"]
+                for row in sorted(document["rows"], key=lambda row: row["share"])
                 if row["by"] == by
                 and row["steps"] == (steps if recovered else 0)
                 and not row["remark"]
