@@ -28,12 +28,19 @@ _MACHINERY = tuple(
 )
 _GENERATED = re.compile(r"<(?!stdin|ipython)")
 
+PACKED = (torch.ScriptObject, nn.Module)  # what torch's own quantized layers keep weights in
+
 
 def check_model(model: nn.Module) -> None:
     """Refuse what would compile to nonsense: train mode, NaN or infinite weights."""
     if not isinstance(model, nn.Module):
-        raise CaptureError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    training = next((name or "the model" for name, m in model.named_modules() if m.training), None)
+        raise CaptureError(
+            f"model: expected a torch.nn.Module, got {type(model).__name__}; put the call into the "
+            "forward of a module that holds the network"
+        )
+    check_floats(model)
+    modes = () if "eval" in vars(model) else model.named_modules()  # what was exported has none
+    training = next((name or "the model" for name, m in modes if m.training), None)
     if training is not None:
         raise CaptureError(
             f"{training} is in train mode, and dropout would be captured; call .eval()"
@@ -48,6 +55,25 @@ def check_model(model: nn.Module) -> None:
             raise CaptureError(
                 f"the weight {name!r} holds NaN or infinite values; load the weights again, or "
                 "find out where the training diverged"
+            )
+
+
+def check_floats(model: nn.Module) -> None:
+    """Refuse what holds no Python forward, or weights that are packed already."""
+    for name, module in model.named_modules():
+        where = repr(name) if name else "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"{where} is a ScriptModule, which torch.export cannot read; compile the module "
+                "that it was scripted or traced from"
+            )
+        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        packed = any(torch.is_tensor(t) and (t.is_quantized or hasattr(t, "quant_state")
+                     or hasattr(t, "SCB")) for t in own)  # fmt: skip
+        if packed or isinstance(getattr(module, "_packed_params", None), PACKED):
+            raise CaptureError(
+                f"{where} is quantized already ({type(module).__name__}); load the network in "
+                "floating point, and quantize it with passes=[Quantize(…)]"
             )
 
 
@@ -143,9 +169,11 @@ def size_steps(
         step = good[1] - good[0] if len(good) > 1 else 1
         if not good or good != list(range(low, good[-1] + 1, step)):
             few = ", ".join(str(size) for size in good[:8])
+            even = step > 1 and all(size % step == 0 for size in good)
+            what = f", multiples of {step}" if even and len(good) > 2 else ""
             raise CaptureError(
                 f"dynamic: of {word!r} from {low} to {high}, the network takes this path only for "
-                f"{few or 'none'}…; begin with one of these, and keep to an even step"
+                f"{few or 'none'}…{what}; begin with one of these, and keep to an even step"
             )
         steps[word] = step
     return {word: step for word, step in steps.items() if step > 1}

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from effuse.errors import InputError, nearest
 from effuse.plan import STEP_INPUT, Role
 
-SYMBOLS = ("batch", "height", "width", "frames", "length")
+SYMBOLS = ("batch", "height", "width", "frames", "length", "tokens")
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ def dynamic_shapes(
             raise InputError(f"dynamic: no size is called {name!r}{nearest(name, SYMBOLS)}")
     if not dynamic:
         return None
+    check_told_apart(leaves, roles, dynamic)
     axes = {leaf.label: symbolic_axes(leaf, roles, leaves, dynamic) for leaf in leaves}
     for leaf in leaves:
         for axis, word in axes[leaf.label].items():
@@ -90,6 +91,25 @@ def dynamic_shapes(
     }
 
 
+def check_told_apart(
+    leaves: list[Leaf], roles: Mapping[str, Role], dynamic: Mapping[str, Any]
+) -> None:
+    """Refuse an example whose ids could be those of the latent's tokens and of the prompt's."""
+    words = {"tokens", "length"}
+    found = [
+        {name: leaf.tensor.shape[axis]
+         for axis, name in named_axes(leaf, roles, leaves).items() if name in words}
+        for leaf in leaves
+    ]  # fmt: skip
+    sizes = [size for each in found for size in each.values()]
+    both = words <= {name for each in found for name in each} and len(set(sizes)) == 1
+    if words & dynamic.keys() and both and len(sizes) > 2:
+        raise InputError(
+            f"dynamic: 'tokens' and 'length' are both {sizes[0]} in the example, and position ids "
+            "of one would be taken for the other's; give an example in which they differ"
+        )
+
+
 def check_example_size(label: str, word: str, size: int, bounds: tuple[int, int]) -> None:
     """Refuse an example from which an open size cannot be told: 1, or one out of bounds."""
     low, high = bounds
@@ -105,17 +125,66 @@ def check_example_size(label: str, word: str, size: int, bounds: tuple[int, int]
 def symbolic_axes(
     leaf: Leaf, roles: Mapping[str, Role], leaves: list[Leaf], dynamic: Mapping[str, Any]
 ) -> dict[int, str]:
-    """Axis -> name of the symbolic size, for one tensor of shape (batch, …, height, width)."""
+    """Axis -> name of the symbolic size, for one tensor, of those that are left open."""
+    found = named_axes(leaf, roles, leaves)
+    return {axis: name for axis, name in found.items() if name in dynamic}
+
+
+def named_axes(leaf: Leaf, roles: Mapping[str, Role], leaves: list[Leaf]) -> dict[int, str]:
+    """Axis -> name of the size.
+
+    A latent is (batch, …, height, width), (batch, tokens, channels) or (batch, channels, width); a
+    prompt is (batch, length, …). What else has one of their sizes, as position ids, masks and
+    conditions do, has its name.
+    """
     latent = next(other.tensor for other in leaves if roles[other.label] is Role.LATENT)
     shape, axes = leaf.tensor.shape, {}
     if shape and shape[0] == latent.shape[0]:
         axes[0] = "batch"
-    if roles[leaf.label] is Role.LATENT and len(shape) >= 4:
-        axes |= {len(shape) - 2: "height", len(shape) - 1: "width"}
-        axes |= {2: "frames"} if len(shape) == 5 else {}
-    elif roles[leaf.label] is Role.PROMPT and len(shape) == 3:
-        axes[1] = "length"
-    return {axis: name for axis, name in axes.items() if name in dynamic}
+    if roles[leaf.label] is Role.LATENT:
+        return axes | _latent_axes(len(shape))
+    if roles[leaf.label] is not Role.PROMPT:
+        return axes
+    if len(shape) >= 4 and len(shape) == latent.dim():
+        own = _latent_axes(len(shape)).items()
+        return axes | {axis: name for axis, name in own if shape[axis] == latent.shape[axis]}
+    text = next((o.tensor for o in leaves if roles[o.label] is Role.PROMPT and o.tensor.dim() == 3),
+                None)  # fmt: skip
+    known = {latent.shape[1]: "tokens"} if latent.dim() == 3 else {}
+    known |= {} if text is None else {text.shape[1]: "length"}
+    rows = 0 if len(shape) == 2 and 0 not in axes else 1
+    pooled = len(shape) == 2 and rows == 1 and "mask" not in leaf.label
+    if len(shape) in (2, 3) and shape[rows] in known and not pooled:
+        axes[rows] = known[shape[rows]]
+    return axes
+
+
+def _latent_axes(dims: int) -> dict[int, str]:
+    """The named axes of a latent behind its first."""
+    if dims == 3:
+        return {1: "tokens", 2: "width"}
+    axes = {dims - 2: "height", dims - 1: "width"} if dims >= 4 else {}
+    return axes | ({2: "frames"} if dims == 5 else {})
+
+
+def named_sizes(inputs: Mapping[str, Any], roles: Mapping[str, Role]) -> dict[str, int]:
+    """The named sizes of the example inputs."""
+    leaves, _ = flatten_inputs(dict(inputs))
+    found: dict[str, int] = {}
+    for leaf in leaves:
+        for axis, name in named_axes(leaf, roles, leaves).items():
+            found.setdefault(name, leaf.tensor.shape[axis])
+    return found
+
+
+def replaced(inputs: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The arguments with other tensors at some labels."""
+
+    def at(path: Any, value: Any) -> Any:
+        return tensors.get(".".join(map(_key, path)), value)
+
+    found: dict[str, Any] = pytree.tree_map_with_path(at, dict(inputs))
+    return found
 
 
 def dtype_name(tensor: torch.Tensor) -> str:

@@ -1,0 +1,159 @@
+"""Values that forward reads out of tensors, recorded on the examples and repeated while capturing.
+
+`if mask.any():`, `lengths.tolist()` and `x[mask]` make numbers, branches and sizes of a tensor's
+values, which no graph can hold. Where these follow from inputs that are the same at every call, the
+network run on the examples tells them: they become a part of the program, and the inputs that they
+were read from static, so that a call with others is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from effuse.capture_inputs import Leaf, copied, flatten_inputs
+
+Tensor = torch.Tensor
+Function = Callable[..., Any]
+
+# What makes plain Python of a tensor's values: of one, or of all together.
+SCALARS: frozenset[Any] = frozenset({
+    Tensor.item, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__,
+})  # fmt: skip
+READS: frozenset[Any] = SCALARS | frozenset({
+    Tensor.tolist, Tensor.numpy, torch.equal, Tensor.equal, torch.allclose, Tensor.allclose,
+})  # fmt: skip
+# What makes a tensor whose size depends on another's values.
+SIZED: frozenset[Any] = frozenset({
+    torch.nonzero, Tensor.nonzero, torch.unique, Tensor.unique, torch.unique_consecutive,
+    Tensor.unique_consecutive, torch.bincount, torch.masked_select, Tensor.masked_select,
+    torch.argwhere, Tensor.argwhere,
+})  # fmt: skip
+INDEXED: frozenset[Any] = frozenset({Tensor.__getitem__, Tensor.__setitem__})
+
+
+def is_read(function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether what a call gives, or its size, has to be known while capturing."""
+    if function in READS or function in SIZED:
+        return True
+    if function in (torch.repeat_interleave, Tensor.repeat_interleave):
+        return any(isinstance(each, Tensor) for each in (*args[1:], *kwargs.values()))
+    return function is torch.where and len(args) + len(kwargs) == 1
+
+
+def masks(function: Function, args: tuple[Any, ...]) -> list[Tensor]:
+    """The truth values that a call picks elements by."""
+    if function not in INDEXED:
+        return []
+    chosen = args[1] if isinstance(args[1], tuple) else (args[1],)
+    return [each for each in chosen if isinstance(each, Tensor) and each.dtype is torch.bool
+            and each.dim()]  # fmt: skip
+
+
+class Record(TorchFunctionMode):
+    """Notes, in their order, the values that are read, and the inputs that these follow from."""
+
+    def __init__(self, leaves: list[Leaf]) -> None:
+        super().__init__()
+        self.values: list[Any] = []
+        self.labels: set[str] = set()
+        self._sources: Any = WeakTensorKeyDictionary()
+        for leaf in leaves:
+            self._sources[leaf.tensor] = frozenset((leaf.label,))
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        read = pytree.tree_leaves((args, kwargs))
+        sources = self._of(each for each in read if isinstance(each, Tensor))
+        for mask in masks(function, args):
+            self.values.append(mask.nonzero(as_tuple=True))
+            self.labels |= self._of([mask])
+        result = function(*args, **kwargs)
+        if is_read(function, args, kwargs):
+            one_by_one = function is Tensor.tolist  # as torch.export asks for a list
+            self.values += args[0].flatten().tolist() if one_by_one else [_kept(result)]
+            self.labels |= sources
+        touched = [args[0]] if function is Tensor.__setitem__ else pytree.tree_leaves(result)
+        for each in touched:
+            if isinstance(each, Tensor):
+                self._sources[each] = sources | self._sources.get(each, frozenset())
+        return result
+
+    def _of(self, tensors: Any) -> frozenset[str]:
+        none: frozenset[str] = frozenset()
+        return none.union(*(self._sources.get(each, none) for each in tensors))
+
+
+def _kept(result: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda each: each.detach().clone(), result)
+
+
+class Replay(TorchFunctionMode):
+    """Gives the recorded values again, to each call of the network from the first on."""
+
+    def __init__(self, values: list[Any]) -> None:
+        super().__init__()
+        self._values = values
+        self._left: Iterator[Any] = iter(())
+
+    def restart(self, *_: Any) -> None:
+        """A call of the network begins."""
+        self._left = iter(self._values)
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is Tensor.tolist:
+            return self._nested(tuple(args[0].shape))
+        if is_read(function, args, kwargs):
+            return _kept(next(self._left))
+        found = [_kept(next(self._left)) for _ in masks(function, args)]
+        if found:
+            args = (args[0], _indexed(args[1], found), *args[2:])
+        return function(*args, **kwargs)
+
+    def _nested(self, shape: tuple[int, ...]) -> Any:
+        if not shape:
+            return next(self._left)
+        return [self._nested(shape[1:]) for _ in range(shape[0])]
+
+
+def _indexed(chosen: Any, found: list[tuple[Tensor, ...]]) -> tuple[Any, ...]:
+    """An index with the places of the true elements where truth values were."""
+    places = iter(found)
+    parts: list[Any] = []
+    for each in chosen if isinstance(chosen, tuple) else (chosen,):
+        truth = isinstance(each, Tensor) and each.dtype is torch.bool and each.dim()
+        parts.extend(next(places) if truth else (each,))
+    return tuple(parts)
+
+
+def recorded(model: nn.Module, inputs: Mapping[str, Any]) -> Record:
+    """What forward reads out of tensors on these inputs."""
+    given = copied(inputs)
+    record = Record(flatten_inputs(given)[0])
+    with torch.no_grad(), record:
+        model(**given)
+    return record
+
+
+@contextmanager
+def replayed(model: nn.Module, values: list[Any]) -> Iterator[None]:
+    """Where every call of the network reads the recorded values."""
+    replay = Replay(values)
+    hook = model.register_forward_pre_hook(replay.restart)
+    try:
+        with replay:
+            yield
+    finally:
+        hook.remove()
