@@ -22,12 +22,12 @@ from effuse.backends.onnx_ops import TRANSLATIONS, prepare
 from effuse.devices import CPU, device_of, missing
 from effuse.errors import BackendError, require
 from effuse.graph import clone, evaluate, inputs, value_of
-from effuse.onnx_store import INLINE_BYTES, Store
+from effuse.onnx_store import INLINE_BYTES, KEY, Store
 from effuse.ort import open_session
 from effuse.plan import Adapter, ProgramSpec, factor_axes
 from effuse.program import Part, Program, used_weights
 from effuse.runtime import Session
-from effuse.weights import copied
+from effuse.weights import FileWeights, copied, journal_of, stand_in
 
 OPSET = 21
 NARROW = ("FLOAT16", "BFLOAT16", "INT8", "UINT8", "INT4", "UINT4")
@@ -61,9 +61,10 @@ class PartModule(nn.Module):
         self._part = part
         self._inputs = (*part.inputs, *swappable)
         stored = sorted(used_weights(part) - set(swappable))
-        self._names = {name: self.attribute(name) for name in stored}
-        for name, attribute in self._names.items():
-            self.register_buffer(attribute, weights[name])
+        self.names = {name: self.attribute(name) for name in stored}
+        for name, attribute in self.names.items():
+            self.register_buffer(attribute, stand_in(weights, name))
+        self.weights = weights
 
     @staticmethod
     def attribute(name: str) -> str:
@@ -72,7 +73,7 @@ class PartModule(nn.Module):
 
     def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The part's outputs."""
-        weights = {name: getattr(self, attribute) for name, attribute in self._names.items()}
+        weights = {name: getattr(self, attribute) for name, attribute in self.names.items()}
         given = dict(zip(self._inputs, values, strict=True))
         return evaluate(self._part.graph, {**given, **weights}, given)
 
@@ -97,7 +98,7 @@ def build(
     adapters = require("onnx_ir.tensor_adapters")
     for name in {each for slot in program.adapters for each in (slot.rows, slot.columns) if each}:
         store.add(name, adapters.TorchTensor(program.weights[name], name=name))
-    store.write(folder / "weights.safetensors")
+    store.write(folder / "weights.safetensors", journal_of(program.weights), progress)
     for name, model in models.items():
         store.save(model, folder / f"{name}.onnx")
     progress("export to ONNX", len(program.parts), len(program.parts))
@@ -175,6 +176,7 @@ def exported(
                 optimize=False,
             )
             assert program is not None
+            defer(program.model, module)
             optimize(program.model)
         except Exception as error:
             reason = str(error).strip().splitlines()[0]
@@ -182,6 +184,28 @@ def exported(
                 f"{reader}: the part {part.name!r} has no ONNX form: {reason}"
             ) from error
     return program.model
+
+
+def defer(model: Any, module: nn.Module) -> None:
+    """Let weights that stay in files be read when they are written."""
+    if not (isinstance(module, PartModule) and isinstance(module.weights, FileWeights)):
+        return
+    for name, attribute in module.names.items():
+        value = model.graph.initializers.get(attribute)
+        if value is not None and not isinstance(module.weights.held(name), torch.Tensor):
+            value.const_value = lazy_tensor(value.const_value, module.weights, name)
+
+
+def lazy_tensor(like: Any, weights: FileWeights, name: str) -> Any:
+    """A weight as an ir tensor of the dtype and shape of `like`, read whenever it is asked for."""
+    adapters = require("onnx_ir.tensor_adapters")
+
+    def read() -> Any:
+        return adapters.TorchTensor(weights[name].contiguous(), name=like.name)
+
+    key = {KEY: weights.key(name)}
+    lazy = require("onnx_ir").LazyTensor
+    return lazy(read, like.dtype, like.shape, name=like.name, metadata_props=key)
 
 
 def optimize(model: Any) -> None:

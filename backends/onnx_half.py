@@ -17,7 +17,7 @@ from torch.fx.node import map_aggregate
 from effuse.graph import calls, emit, emit_weight, outputs, set_outputs, substitute, value_of
 from effuse.kernels import attention as attention  # registers the ops
 from effuse.kernels import low_bit as low_bit
-from effuse.weights import WeightStore
+from effuse.weights import WeightStore, derive
 
 aten, ops = torch.ops.aten, torch.ops.effuse
 FLOAT, HALF = torch.float32, torch.float16
@@ -87,8 +87,8 @@ class Halving:
             place = node.next
         with self.graph.inserting_before(place):
             if node.op == "get_attr" and name not in self.swappable:
-                stored = self.weights[name].to(dtype)
-                return emit_weight(self.graph, self.weights, f"{name}.{stored.dtype}", stored)
+                stored = derive(self.weights, [name], lambda each: each.to(dtype), f"as {dtype}")
+                return emit_weight(self.graph, self.weights, f"{name}.{dtype}", stored)
             made: fx.Node = emit(self.graph, aten.to.dtype, node, dtype, like=node)
             return made
 

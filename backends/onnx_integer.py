@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from effuse.kernels import log2_attention as log2_attention
 from effuse.kernels import low_bit as low_bit
 from effuse.kernels.quantizers import Quantizer, parse_quantizer
 from effuse.passes.quantize_writer import conv_options
-from effuse.weights import WeightStore
+from effuse.weights import WeightStore, derive
 
 aten, ops = torch.ops.aten, torch.ops.effuse
 
@@ -109,14 +110,18 @@ def _blocks(graph: fx.Graph, weights: WeightStore, node: Any, group: int) -> fx.
     Stored so: OpenVINO takes none from a Reshape, and the exporter folds only small ones.
     """
     name = str(node.target)
-    codes = weights[name]
-    blocks = codes.reshape(len(codes), -1, group // 2) ^ low_bit.OFFSET
+    blocks = derive(weights, [name], partial(_in_blocks, width=group // 2), f"blocks {group}")
     return emit_weight(graph, weights, f"{name}.blocks", blocks)
+
+
+def _in_blocks(codes: torch.Tensor, width: int) -> torch.Tensor:
+    return codes.reshape(len(codes), -1, width) ^ low_bit.OFFSET
 
 
 def _stored_flat(graph: fx.Graph, weights: WeightStore, node: Any) -> fx.Node:
     name = str(node.target)
-    return emit_weight(graph, weights, f"{name}.flat", weights[name].flatten())
+    flat = derive(weights, [name], torch.flatten, "flat")
+    return emit_weight(graph, weights, f"{name}.flat", flat)
 
 
 def groups_of_four(weight: Quantizer) -> bool:

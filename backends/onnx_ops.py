@@ -16,7 +16,7 @@ from effuse.backends.onnx_runtime_ops import MATMUL_NBITS, MULTI_HEAD_ATTENTION
 from effuse.graph import calls, eliminate, emit, emit_weight, substitute, value_of
 from effuse.kernels import dynamic as dynamic  # registers the ops
 from effuse.kernels.quantizers import parse_quantizer
-from effuse.weights import WeightStore
+from effuse.weights import WeightStore, derive
 
 aten, ops = torch.ops.aten, torch.ops.effuse
 
@@ -212,7 +212,8 @@ def idle_squeezes(graph: fx.Graph) -> None:
 
 def _transposed(graph: fx.Graph, weights: WeightStore, node: Any) -> fx.Node:
     name = str(node.target)
-    return emit_weight(graph, weights, f"{name}.t", weights[name].t().contiguous())
+    flipped = derive(weights, [name], lambda weight: weight.t().contiguous(), "transposed")
+    return emit_weight(graph, weights, f"{name}.t", flipped)
 
 
 def transpose_quantized(graph: fx.Graph, weights: WeightStore) -> None:

@@ -7,7 +7,6 @@ weights in groups of 4 bits become MatMulNBits, which it keeps in 4 bits.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,17 +26,24 @@ from effuse.backends.onnx_integer import (
     unsupported,
 )
 from effuse.backends.openvino_ranges import merge_ranges
+from effuse.devices import BRAIN
 from effuse.errors import BackendError, require
-from effuse.graph import calls, clone, eliminate, value_of
+from effuse.graph import calls, clone, eliminate, emit, emit_weight, substitute, value_of
+from effuse.kernels.low_bit import widen_reference
 from effuse.kernels.quantizers import parse_quantizer
 from effuse.onnx_store import Store
-from effuse.openvino_run import EXTRA, GROUPS, open_session
+from effuse.openvino_run import EXTRA, Settings, open_session, write_settings
 from effuse.plan import ProgramSpec, factor_axes
 from effuse.program import Part, Program
 from effuse.runtime import Session
 from effuse.weights import WeightStore, copied
 
-ops = torch.ops.effuse
+aten, ops = torch.ops.aten, torch.ops.effuse
+
+LAYOUT = (
+    aten.reshape.default, aten.view.default, aten.permute.default, aten.transpose.int,
+    aten.flatten.using_ints, aten.unflatten.int, aten.unsqueeze.default, aten.squeeze.dim,
+)  # fmt: skip
 
 adapt = merge_ranges  # of build.lower: what the back end cannot but change, before it is checked
 
@@ -79,8 +85,9 @@ def build(
     store.write(folder / "weights.safetensors")
     for name, model in models.items():
         store.save(model, folder / f"{name}.onnx")
-    text = json.dumps({name: size for name, size in groups.items() if size}, sort_keys=True)
-    (folder / GROUPS).write_text(text + "\n", encoding="utf-8")
+    grouped = {name: size for name, size in groups.items() if size}
+    precision = "bf16" if (target or "").endswith(BRAIN) else "f32"
+    write_settings(folder, Settings(precision, grouped))
     progress("export to ONNX", len(program.parts), len(program.parts))
     return {}
 
@@ -112,9 +119,48 @@ def export_part(part: Part, program: Program) -> tuple[Any, int]:
 def prepare(graph: fx.Graph, weights: WeightStore) -> None:
     """Rewrite a copy of a part for OpenVINO; exact."""
     onnx_ops.idle_squeezes(graph)
+    lift_pairs(graph)
+    store_widened(graph, weights)
     bind_nbits(graph, weights)
     restore_weights(graph)
     eliminate(graph)
+
+
+def lift_pairs(graph: fx.Graph) -> None:
+    """dequantize(quantize(layout(x))) -> layout(dequantize(quantize(x))), of one scale.
+
+    OpenVINO does so itself, and where a sum comes before leaves types behind that its folding of
+    constants then stumbles over: `Check 'convert->constant_fold(…)' failed`.
+    """
+    for node in calls(graph, ops.dequantize.default):
+        steps: Any = node.args[0]
+        if steps.target is not ops.quantize.default or value_of(steps.args[1]).dim():
+            continue
+        source, moves = steps.args[0], []
+        while source.target in LAYOUT:
+            moves.append(source)
+            source = source.args[0]
+        if not moves:
+            continue
+        with graph.inserting_before(node):
+            codes = emit(graph, steps.target, source, *steps.args[1:], like=steps)
+            new = emit(graph, node.target, codes, *node.args[1:], like=node)
+            for move in reversed(moves):
+                new = emit(graph, move.target, new, *move.args[1:], like=move)
+        substitute(node, new)
+
+
+def store_widened(graph: fx.Graph, weights: WeightStore) -> None:
+    """4-bit weights that meet 8-bit inputs, as int8: of computed ones it makes float32."""
+    for site in calls(graph, aten.conv2d.default, aten.linear.default):
+        if not all(each.target is ops.dequantize.default for each in site.args[:2]):  # type: ignore[union-attr]
+            continue
+        codes: Any = site.args[1].args[0]  # type: ignore[union-attr]
+        if codes.target is ops.widen.default:
+            packed, bits, shape = codes.args
+            whole = widen_reference(weights[packed.target], bits, shape)
+            with graph.inserting_before(codes):
+                substitute(codes, emit_weight(graph, weights, f"{packed.target}.whole", whole))
 
 
 def unfit(graph: fx.Graph) -> str | None:

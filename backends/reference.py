@@ -19,7 +19,7 @@ from effuse.plan import Input, ProgramSpec, Role, factor_axes
 from effuse.program import Part, Program
 from effuse.runtime import Run, Session
 from effuse.serial import graph_from_json, graph_to_json
-from effuse.weights import Weights
+from effuse.weights import FileWeights, Weights
 
 Observe = Callable[[Part, Any, Any], Any]
 
@@ -144,8 +144,11 @@ def build(
     graphs = {part.name: graph_to_json(part.graph) for part in program.parts}
     text = json.dumps(graphs, sort_keys=True, separators=(",", ":"))
     (folder / "graphs.json").write_text(text, encoding="utf-8")
-    tensors = {name: tensor.contiguous() for name, tensor in program.weights.items()}
-    save_file(untied(tensors), folder / "weights.safetensors")
+    if isinstance(program.weights, FileWeights):
+        program.weights.write(folder / "weights.safetensors", progress)
+    else:
+        tensors = {name: tensor.contiguous() for name, tensor in program.weights.items()}
+        save_file(untied(tensors), folder / "weights.safetensors")
     progress("write", 1, 1)
     return {}
 

@@ -19,6 +19,7 @@ from effuse.graph import clone, inputs, value_of
 from effuse.onnx_store import Store
 from effuse.plan import factor_axes
 from effuse.program import Part, Program
+from effuse.specialise import proportional
 from effuse.weights import copied
 
 WEIGHTS = "weights.safetensors"
@@ -178,17 +179,10 @@ def symbol_limits(program: Program) -> dict[str, tuple[int, int]]:
                 wanted.get(str(node.target), ()), value_of(node).shape, strict=False
             ):
                 if isinstance(name, str):
-                    symbol, factor = _proportional(size)
+                    symbol, factor = proportional(size)
                     low, high = program.bounds[name]
                     found[symbol] = (-(-low // factor), high // factor)
     return found
-
-
-def _proportional(size: Any) -> tuple[str, int]:
-    """The symbol s and the factor k of an input's size k · s."""
-    expression = size.node.expr
-    (symbol,) = expression.free_symbols
-    return str(symbol), int(expression.subs({symbol: 1}))
 
 
 def _size(size: Any, limits: Mapping[str, tuple[int, int]], place: int) -> int:

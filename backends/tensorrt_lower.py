@@ -24,6 +24,7 @@ from torch import fx
 from effuse.errors import BackendError
 from effuse.graph import (
     calls,
+    cast,
     clone,
     eliminate,
     emit,
@@ -172,8 +173,8 @@ def weight_only(site: fx.Node) -> bool:
 
 def uncast(node: Any) -> fx.Node:
     """What a value was before it was made another float type."""
-    cast = node.target is aten.to.dtype and value_of(node).is_floating_point()
-    return uncast(node.args[0]) if cast else node
+    casts = node.target is aten.to.dtype and value_of(node).is_floating_point()
+    return uncast(node.args[0]) if casts else node
 
 
 # ---- the rewrites --------------------------------------------------------------------------------
@@ -268,7 +269,7 @@ class Writer:
         if found.by_step:
             self.counts["by step"] += 1
         with self.graph.inserting_before(found.first):
-            real = self._cast(source, dtype)
+            real = cast(source, dtype)
             name = f"scale.{self.part}.{source.name}"
             if found.grid == "e4m3":
                 scale = self._weight(f"{name}.e4m3", found.scale.max().float())
@@ -283,11 +284,7 @@ class Writer:
     def _as(self, source: fx.Node, site: fx.Node, place: fx.Node) -> fx.Node:
         """A value in the type that a layer reads."""
         with self.graph.inserting_before(place):
-            return self._cast(uncast(source), value_of(site.args[0]).dtype)  # type: ignore[arg-type]
-
-    def _cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-        same = value_of(node).dtype == dtype
-        return node if same else self._emit(node, aten.to.dtype, node, dtype)
+            return cast(uncast(source), value_of(site.args[0]).dtype)  # type: ignore[arg-type]
 
     def _emit(self, like: fx.Node, target: Any, *args: Any) -> fx.Node:
         node: fx.Node = emit(self.graph, target, *args, like=like)

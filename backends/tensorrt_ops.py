@@ -26,7 +26,7 @@ from effuse.backends.onnx_ops import idle_squeezes
 from effuse.backends.tensorrt_half import halve_layers
 from effuse.backends.tensorrt_lower import uncast
 from effuse.errors import require
-from effuse.graph import calls, eliminate, emit, emit_weight, substitute, value_of
+from effuse.graph import calls, cast, eliminate, emit, emit_weight, substitute, value_of
 from effuse.kernels import packing
 from effuse.kernels.grids import decode
 from effuse.kernels.low_bit import unpack_reference, widen_reference
@@ -110,7 +110,7 @@ class Layout:
             stored = weight.target is ops.dequantize.default
             dtype = value_of(site).dtype
             real = self._int8_of(weight, dtype) if stored else self._unpacked(weight, dtype)
-            real = self._cast(real, dtype)
+            real = cast(real, dtype)
             new = emit(self._graph, aten.matmul.default, x, real, like=site)
             if rest and rest[0] is not None:
                 new = emit(self._graph, aten.add.Tensor, new, rest[0], like=site)
@@ -133,7 +133,7 @@ class Layout:
                 new = self._int8_of(weight, dtype, transposed=False)
             else:
                 new = self._by_channel(weight, dtype, transposed=False)
-            new = self._cast(new, dtype)
+            new = cast(new, dtype)
         site.update_arg(1, new)
 
     def project(self, node: fx.Node) -> None:
@@ -249,12 +249,6 @@ class Layout:
 
     def _tensor(self, node: Any) -> torch.Tensor:
         return self._weights[str(node.target)]
-
-    def _cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-        if value_of(node).dtype == dtype:
-            return node
-        made: fx.Node = emit(self._graph, aten.to.dtype, node, dtype)
-        return made
 
     def _weight(self, name: str, value: torch.Tensor) -> fx.Node:
         return emit_weight(self._graph, self._weights, name, value)

@@ -99,8 +99,8 @@ def build(
     if program.symbolic:
         open_sizes = ", ".join(program.bounds)
         raise BackendError(
-            f"triton: kernels are compiled for known sizes, and {open_sizes} is left open; compile "
-            "once for each size, without dynamic="
+            f"triton: kernels are compiled for known sizes, and {open_sizes} is left open; list "
+            "the sizes to build in shapes=[…], without dynamic="
         )
     gpu = GPUS[target or present() or DEFAULT_TARGET]
     lowered = lower(program)

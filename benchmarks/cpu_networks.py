@@ -171,9 +171,12 @@ def seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return made
 
 
-def noised(shape: tuple[int, ...], labels: int = 0, vector: bool = False, name: str = "sample"):
+def noised(
+    shape: tuple[int, ...], labels: int = 0, vector: bool = False, name: str = "sample",
+    steps: int = STEPS,
+):  # fmt: skip
     """Data for a random network: smooth random pictures, noised as far as the timestep says."""
-    times = tuple(range(1000 - 1000 // STEPS + 1, 0, -1000 // STEPS))
+    times = tuple(range(1000 - 1000 // steps + 1, 0, -1000 // steps))
 
     def inputs(seed: int) -> Inputs:
         generator = torch.Generator().manual_seed(seed)
@@ -248,6 +251,10 @@ NETWORKS = {
     "unet-36m": Network(
         "UNet2DModel of 36 M parameters, random, 32×32, batch 4",
         seeded(unet_36m), noised((4, 3, 32, 32)), notes=(RANDOM,),
+    ),
+    "unet-36m-50": Network(
+        "UNet2DModel of 36 M parameters, random, 32×32, batch 4",
+        seeded(unet_36m), noised((4, 3, 32, 32), steps=50), notes=(RANDOM,),
     ),
     "dit-s2": Network(
         "DiTTransformer2DModel, 384 wide, 12 layers, 256 tokens, random, batch 2",

@@ -24,14 +24,13 @@ OURS = "effuse"
 ON_OPENVINO = ("exact", "w8a8", "w8a8-cache", "w4a16", "w4a8")  # presets that have a row there, too
 
 
-def build_effuse(job: Job, plain: Any, backend: str | None = None) -> str:
+def build_effuse(job: Job, plain: Any, **options: str) -> str:
     """compile with the schedule and the inputs of calibration; save."""
     import effuse
     from effuse.config import resolve
 
     names, settings = plain.names, resolve(job.config)
-    if backend is not None:
-        settings = settings.model_copy(update={"backend": backend})
+    settings = settings.model_copy(update=options)
     inputs = [dict(zip(names, each, strict=True)) | plain.fixed for each in tensors(job)]
     compiled = effuse.compile(
         plain.module, settings, inputs=inputs[0], schedule=job.timesteps,
@@ -67,6 +66,7 @@ PEERS = (
     Row("OpenVINO f32", AS_SINGLE, SINGLE, OV, OV),
     Row("OpenVINO bf16", load_openvino, build_openvino, OV, OV),
     Row("OpenVINO + NNCF int8", load_openvino, build_nncf, NNCF, OV),
+    Row("OpenVINO + NNCF int8, f32", AS_SINGLE, build_nncf, NNCF, OV),
     Row("OpenVINO + NNCF int8, transformer", load_openvino, TOLD, NNCF, OV, transformers=True),
     Row("torchao static int8", ao_static, runtime=("torchao",)),
     Row("torchao dynamic int8", ao_dynamic, runtime=("torchao",)),
@@ -79,15 +79,19 @@ def effuse_row(config: str) -> Row:
     return Row(name, load_effuse, build_effuse, ("effuse.build",), ("effuse.ort",), config)
 
 
-def openvino_row(preset: str) -> Row:
-    """A row of ours through OpenVINO."""
-    build = functools.partial(build_effuse, backend="openvino")
+def openvino_rows(preset: str) -> list[Row]:
+    """Rows of ours through OpenVINO: floats in single precision, and in bfloat16."""
     needed = ("effuse.openvino_run", *OV)
-    return Row(f"{OURS} {preset}, OpenVINO", load_effuse, build, ("effuse.build", *OV), needed,
-               preset)  # fmt: skip
+    ways = {"": {}, " bf16": {"target": "openvino-bf16"}}
+    return [
+        Row(f"{OURS} {preset}, OpenVINO{name}", load_effuse,
+            functools.partial(build_effuse, backend="openvino", **options),
+            ("effuse.build", *OV), needed, preset)
+        for name, options in ways.items()
+    ]  # fmt: skip
 
 
 def all_rows(configs: Sequence[str]) -> list[Row]:
     """The peers, then ours."""
-    again = (each for each in configs if each in ON_OPENVINO)
-    return [*PEERS, *map(effuse_row, configs), *map(openvino_row, again)]
+    again = (row for each in configs if each in ON_OPENVINO for row in openvino_rows(each))
+    return [*PEERS, *map(effuse_row, configs), *again]

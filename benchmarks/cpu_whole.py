@@ -28,9 +28,13 @@ from effuse.evaluate import picture_db
 
 PEER = "OpenVINO + NNCF int8"
 CONFIGS = ("exact", "w8a8", "w8a8-cache")
-ROWS = (BASELINE, PEER, *(f"effuse {config}{way}" for config in CONFIGS
-                          for way in ("", ", OpenVINO")))  # fmt: skip
-FITTING = ("unet-36m", "tiny")  # networks without guidance that predict noise of the sample's shape
+WAYS = ("", ", OpenVINO", ", OpenVINO bf16")
+OURS = tuple(f"effuse {name}{way}" for name in CONFIGS for way in WAYS)
+ROWS = (BASELINE, PEER, f"{PEER}, f32", *OURS)
+FITTING = (
+    "unet-36m-50",
+    "tiny",
+)  # networks without guidance that predict noise of the sample's shape
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from effuse.config import Config
     from effuse.distillation import distill
     from effuse.errors import EffuseError
+    from effuse.pipeline import compile_pipeline
+    from effuse.sampler import sample
 
 __version__ = "0.1.0"
 
@@ -23,9 +25,12 @@ _HOMES = {
     "Config": "effuse.config",
     "EffuseError": "effuse.errors",
     "distill": "effuse.distillation",
+    "sample": "effuse.sampler",
+    "compile_pipeline": "effuse.pipeline",
 }
 
-__all__ = ["Compiled", "Config", "EffuseError", "__version__", "compile", "distill", "load"]
+__all__ = ["Compiled", "Config", "EffuseError", "__version__", "compile", "compile_pipeline",
+           "distill", "load", "sample"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effuse import artifact
+from effuse.buckets import BucketSession
 from effuse.errors import ArtifactError, require
 from effuse.lora import Loaded, Loras
 from effuse.plan import Plan, ProgramSpec, spec_from_json
+from effuse.resume import Workspace, workspace
 from effuse.runtime import Session
 
 if TYPE_CHECKING:
@@ -169,6 +171,9 @@ class Compiled:
         Raises:
             ArtifactError: the path cannot be written, or holds something that is no artifact.
         """
+        if isinstance(self._keep, Workspace):
+            self.folder = self._keep.deliver(Path(path))
+            return Path(path)
         return artifact.save(self.folder, path)
 
     def __repr__(self) -> str:
@@ -186,6 +191,7 @@ def compile(
     schedule: Any = None,
     calibration: Any = None,
     progress: bool = True,
+    resume: str | os.PathLike[str] | None = None,
 ) -> Compiled:
     """Compile a denoiser ahead of time.
 
@@ -197,6 +203,8 @@ def compile(
         calibration: run(model) -> None that samples with the model it is handed, or an iterable of
             input mappings; None: inputs from noise over the schedule.
         progress: whether to show bars when standard error is a terminal.
+        resume: with stream=True, a folder that keeps what is finished: the same call goes on where
+            it was interrupted. Saving moves the artifact out of it, and removes it.
 
     Raises:
         EffuseError: what exactly went wrong, and the way out; nothing is left behind.
@@ -208,19 +216,21 @@ def compile(
     from effuse.progress import phases
 
     settings = resolve(config)
-    with phases(progress) as show:
-        with show.phase("capture"):
-            program = build.capture_program(model, inputs, schedule, settings, show)
-        with show.phase("rewrite"):
-            program = build.rewrite(program, settings, calibration, show, schedule)
-        holder = tempfile.TemporaryDirectory(prefix="effuse-")
-        folder = Path(holder.name)
-        try:
+    kept = workspace(resume, settings.stream)
+    holder = kept or tempfile.TemporaryDirectory(prefix="effuse-")
+    folder = Path(holder.name)
+    try:
+        with phases(progress) as show:
+            with show.phase("capture"):
+                program = build.capture_program(model, inputs, schedule, settings, show)
+            going = settings if kept is None else kept.watching(program, settings)
+            with show.phase("rewrite"):
+                program = build.rewrite(program, going, calibration, show, schedule)
             with show.phase("lower"):
                 session, manifest = build.lower(program, settings, folder, show)
-        except BaseException:
-            holder.cleanup()
-            raise
+    except BaseException:
+        holder.cleanup()
+        raise
     return Compiled(session, manifest, folder, show.seconds, holder)
 
 
@@ -228,6 +238,8 @@ def load(
     path: str | os.PathLike[str], *, threads: int = 0, providers: Iterable[str] = ()
 ) -> Compiled:
     """Load an artifact; an ONNX one needs numpy and onnxruntime only.
+
+    A pipeline's gives the CompiledPipeline that was saved.
 
     One for a device that is not here loads too, for its report and plan; a call then says what is
     missing.
@@ -241,11 +253,23 @@ def load(
     Raises:
         ArtifactError: the artifact is damaged, unsafe, or newer than this effuse.
     """
-    opened = artifact.Opened(path)
-    manifest, folder = opened.manifest, opened.folder
-    here = not _elsewhere(manifest, tuple(providers))
-    session = _open(manifest, folder, threads, tuple(providers), str(path)) if here else None
-    return Compiled(session, manifest, folder, keep=opened)
+    found = artifact.Opened(path)
+    if found.manifest.get("kind") == "pipeline":
+        from effuse import pipeline_run
+
+        whole: Any = pipeline_run.opened(found, str(path), threads, tuple(providers))
+        return whole  # type: ignore[no-any-return]
+    return opened(found.manifest, found.folder, threads, tuple(providers), str(path), found)
+
+
+def opened(
+    manifest: Mapping[str, Any], folder: Path, threads: int, providers: tuple[str, ...],
+    path: str, keep: Any = None,
+) -> Compiled:  # fmt: skip
+    """The network of a checked artifact's files; `path` is what errors call it."""
+    here = not _elsewhere(manifest, providers)
+    session = _open(manifest, folder, threads, providers, path) if here else None
+    return Compiled(session, manifest, folder, keep=keep)
 
 
 def _elsewhere(manifest: Mapping[str, Any], providers: tuple[str, ...]) -> bool:
@@ -269,11 +293,24 @@ def _open(
     name = path or str(folder)
     try:
         spec: ProgramSpec = spec_from_json(manifest["program"])
+        specs = [spec_from_json(each["program"]) for each in manifest.get("buckets", ())]
         backend = manifest["backend"]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"{name}: {artifact.MANIFEST} does not describe a program: {error}"
         ) from None
+
+    def opening(chosen: ProgramSpec) -> Session:
+        return _open_spec(chosen, backend, manifest, folder, threads, providers, name)
+
+    return BucketSession(spec, specs, opening) if specs else opening(spec)
+
+
+def _open_spec(
+    spec: ProgramSpec, backend: str, manifest: Mapping[str, Any], folder: Path, threads: int,
+    providers: tuple[str, ...], name: str,
+) -> Session:  # fmt: skip
+    """The back end's session over the files of a program."""
     if backend == "onnx":
         from effuse.ort import open_session
 

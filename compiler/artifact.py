@@ -4,6 +4,8 @@
     SHA256SUMS      of every other file; `sha256sum -c SHA256SUMS` checks it too
     *.onnx, weights.safetensors, graphs.txt.gz …  what the back end wrote
 
+A pipeline's has pipeline.json in the manifest's place, and a folder for each of its components.
+
 Written under a temporary name beside the target and renamed; checked when loaded; no pickle.
 """
 
@@ -26,9 +28,10 @@ from typing import Any
 from effuse.errors import ArtifactError
 
 FORMAT = 1
-MANIFEST, SUMS = "manifest.json", "SHA256SUMS"
+MANIFEST, PIPELINE, SUMS = "manifest.json", "pipeline.json", "SHA256SUMS"
 EPOCH = (1980, 1, 1, 0, 0, 0)  # a zip's earliest date: equal content, equal bytes
 SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # no folders, no hidden files
+SAFE_PATH = re.compile(rf"({SAFE_NAME.pattern}/)?{SAFE_NAME.pattern}")  # in a pipeline's: one
 # What zipfile raises on bytes that are not as written: also an unknown method, or encryption.
 DAMAGED = (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError)
 
@@ -39,22 +42,28 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def members(folder: Path) -> list[str]:
+    """The files of an artifact, by their paths in it."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in files)
+
+
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Size (bytes) and SHA-256 of every file in the folder, manifest and sums excepted."""
     return {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(folder.iterdir())
-        if path.name not in (MANIFEST, SUMS)
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+        for name in members(folder)
+        if name not in (MANIFEST, PIPELINE, SUMS)
     }
 
 
-def finish(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def finish(folder: Path, manifest: Mapping[str, Any], name: str = MANIFEST) -> dict[str, Any]:
     """Complete a folder of built files to an artifact: manifest with `files`, and the sums."""
     complete = {**manifest, "files": describe_files(folder)}
     text = json.dumps(complete, indent=1, sort_keys=True) + "\n"
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
-    names = sorted(path.name for path in folder.iterdir() if path.name != SUMS)
-    lines = [f"{sha256(folder / name)}  {name}\n" for name in names]
+    (folder / name).write_text(text, encoding="utf-8")
+    names = [each for each in members(folder) if each != SUMS]
+    lines = [f"{sha256(folder / each)}  {each}\n" for each in names]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
     return complete
 
@@ -105,12 +114,25 @@ def is_artifact(path: Path) -> bool:
     """Whether what is there may be replaced: an artifact by its names, or an empty folder."""
     if path.is_dir():
         names = {each.name for each in path.iterdir()}
-        return not names or {MANIFEST, SUMS} <= names
+        return not names or _known(names)
     if not path.is_file() or not zipfile.is_zipfile(path):
         return False
     with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
-        return {MANIFEST, SUMS} <= set(archive.namelist())
+        return _known(set(archive.namelist()))
     return False
+
+
+def is_pipeline(path: str | os.PathLike[str]) -> bool:
+    """Whether a pipeline's artifact is there."""
+    place = Path(path)
+    if place.is_dir() or not zipfile.is_zipfile(place):
+        return (place / PIPELINE).is_file()
+    with zipfile.ZipFile(place) as archive:
+        return PIPELINE in archive.namelist()
+
+
+def _known(names: set[str]) -> bool:
+    return SUMS in names and bool({MANIFEST, PIPELINE} & names)
 
 
 @contextlib.contextmanager
@@ -138,17 +160,19 @@ def _swap(staged: Path, goal: Path) -> None:
 def _copy(folder: Path, target: Path) -> None:
     """With the permissions of new files: those of a temporary folder shut everybody else out."""
     target.mkdir()
-    for path in sorted(folder.iterdir()):
-        shutil.copyfile(path, target / path.name)
+    for name in members(folder):
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(folder / name, target / name)
 
 
 def _zip(folder: Path, target: Path) -> None:
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in sorted(folder.iterdir()):
-            info = zipfile.ZipInfo(path.name, EPOCH)
+        for name in members(folder):
+            info = zipfile.ZipInfo(name, EPOCH)
             info.compress_type = zipfile.ZIP_DEFLATED
             info.external_attr = 0o644 << 16
-            with path.open("rb") as source, archive.open(info, "w", force_zip64=True) as sink:
+            source = (folder / name).open("rb")
+            with source, archive.open(info, "w", force_zip64=True) as sink:
                 shutil.copyfileobj(source, sink)
 
 
@@ -170,15 +194,16 @@ class Opened:
 
 
 def unzip(source: Path, folder: Path) -> None:
-    """Unpack an artifact's zip, flat, refusing names that would leave the folder."""
+    """Unpack an artifact's zip, refusing names that would leave the folder."""
     if not zipfile.is_zipfile(source):
         raise ArtifactError(
             f"{source}: neither a folder nor a complete zip; copy the artifact again"
         )
     try:
         with zipfile.ZipFile(source) as archive:
+            safe = SAFE_PATH if PIPELINE in archive.namelist() else SAFE_NAME
             for info in archive.infolist():
-                if problem := _unsafe(info):
+                if problem := _unsafe(info, safe):
                     raise ArtifactError(
                         f"{source}: the zip holds {info.filename!r}, {problem}; it was not written "
                         "by effuse, and nothing was unpacked"
@@ -188,9 +213,9 @@ def unzip(source: Path, folder: Path) -> None:
         raise ArtifactError(f"{source}: the zip is damaged ({error}); copy it again") from error
 
 
-def _unsafe(info: zipfile.ZipInfo) -> str | None:
+def _unsafe(info: zipfile.ZipInfo, safe: re.Pattern[str]) -> str | None:
     """Why a member of a zip is not unpacked, or None."""
-    if not SAFE_NAME.fullmatch(info.filename):
+    if not safe.fullmatch(info.filename):
         return "a path that leaves the artifact"
     if stat.S_ISLNK(info.external_attr >> 16):
         return "a symbolic link"
@@ -203,19 +228,20 @@ def check(folder: Path, name: str) -> dict[str, Any]:
     Raises:
         ArtifactError: a file is missing or differs, or the artifact is of a newer version.
     """
+    kind = PIPELINE if (folder / PIPELINE).is_file() else MANIFEST
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / kind).read_text(encoding="utf-8"))
         version = int(manifest["format"])
     except FileNotFoundError:
         raise ArtifactError(f"{name}: no {MANIFEST} in it, so this is no effuse artifact") from None
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ArtifactError(f"{name}: {MANIFEST} is damaged ({error}); copy it again") from None
+        raise ArtifactError(f"{name}: {kind} is damaged ({error}); copy it again") from None
     if version > FORMAT:
         raise ArtifactError(
             f"{name}: written by effuse {manifest.get('effuse', '?')} in artifact format "
             f"{version}; this effuse reads up to {FORMAT}; update it: pip install -U effuse"
         )
-    sums = _sums(folder, name)
+    sums = _sums(folder, name, kind)
     for file in manifest.get("files", {}):
         if file not in sums:
             raise ArtifactError(f"{name}: {SUMS} does not cover {file}; copy the artifact again")
@@ -231,7 +257,8 @@ def check(folder: Path, name: str) -> dict[str, Any]:
     return dict(manifest)
 
 
-def _sums(folder: Path, name: str) -> dict[str, str]:
+def _sums(folder: Path, name: str, kind: str) -> dict[str, str]:
+    safe = SAFE_PATH if kind == PIPELINE else SAFE_NAME
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -241,9 +268,9 @@ def _sums(folder: Path, name: str) -> dict[str, str]:
     found = {}
     for line in lines:
         digest, _, file = line.partition("  ")
-        if not SAFE_NAME.fullmatch(file):
+        if not safe.fullmatch(file):
             raise ArtifactError(f"{name}: {SUMS} names {file!r}, which leaves the artifact")
         found[file] = digest
-    if MANIFEST not in found:
-        raise ArtifactError(f"{name}: {SUMS} does not cover {MANIFEST}; copy the artifact again")
+    if kind not in found:
+        raise ArtifactError(f"{name}: {SUMS} does not cover {kind}; copy the artifact again")
     return found

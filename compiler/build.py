@@ -14,35 +14,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from effuse import __version__, artifact, stream
+from effuse.build_buckets import Bucket, buckets_of, capture_open, to_build
 from effuse.calibrate import Progress, calibrate, draw_calls, drive, layer_values, needs_of
-from effuse.capture import capture
+from effuse.capture_unwrap import parameter_names, unwrapped
 from effuse.config import Config
 from effuse.cost import part_costs, plan_costs, rate_costs
-from effuse.devices import HALF, device_of
 from effuse.dump import dump
 from effuse.errors import BackendError, ConfigError
 from effuse.graph import calls
 from effuse.kernels.table import BY_TARGET
-from effuse.metrics import sqnr_db
+from effuse.parity import UNCHECKED, check_parity, narrow_floats, worst_parity
 from effuse.pass_manager import fuel_from_environment, run_passes
 from effuse.passes import Canonicalize
 from effuse.passes.base import Purpose
-from effuse.plan import Input, Role, to_json
-from effuse.program import Part, Program, run_parts, run_program, same_step
+from effuse.plan import Role, to_json
+from effuse.program import Program
 from effuse.progress import Phases
 from effuse.roles import TIMESTEP_NAMES
 from effuse.runtime import Session
+from effuse.sampler_probe import stored
 from effuse.statistics import Calibration
-from effuse.verify import relative_error
 from effuse.watch import Watch
 
-NUDGE = 1e-6  # relative: a few float32 roundings, as kernels differ from each other
-EXACT_DB = {"float32": 90.0, "float64": 90.0, "float16": 45.0}  # rounding alone, by dtype
-TIE_MARGIN_DB = 3.0  # two such runs of one network differ by up to this much in their distance
-UNCHECKED: Mapping[str, Any] = {"error": None, "sqnr_db": None}
+BESIDE = ("rates", "sampler")  # entries of a program's model that the manifest holds beside it
 LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino", "diffusers", "numpy",
              "triton")  # fmt: skip
 
@@ -63,16 +60,15 @@ def capture_program(
     elif times is not None:
         inputs = on_schedule(inputs, times, config)
     known = None if times is None else as_given(times, inputs, config)
-    given = stream.on_meta(inputs) if config.stream else inputs
-    program = capture(network, given, roles=config.roles, dynamic=config.dynamic, timesteps=known)
+    place = stream.on_meta if config.stream else dict
+    program, inputs = capture_open(network, inputs, config, known, place)
     if config.stream:
-        program = stream.attach(program, Path(model), inputs, progress)
-    parameters = {name for name, _ in network.named_parameters()}
-    rates = rate_costs(program, parameter_names=parameters)
+        program = stream.attach(program, Path(model), network, inputs, progress)
+    rates = rate_costs(program, parameter_names=parameter_names(network))
     return replace(
         program,
         constants={**plain_defaults(network, inputs), **program.constants},
-        model={**program.model, "rates": rates},
+        model={**program.model, "rates": rates, "sampler": stored(schedule)},
     )
 
 
@@ -91,7 +87,7 @@ def plain_defaults(network: nn.Module, inputs: Mapping[str, Any]) -> dict[str, A
 def load_network(model: Any) -> nn.Module:
     """The network itself, or the one that save_pretrained wrote to a folder, in eval mode."""
     if not isinstance(model, (str, os.PathLike)):
-        return model  # type: ignore[no-any-return]
+        return unwrapped(model)
     from effuse.inspect_model import load_folder
 
     return load_folder(Path(model))
@@ -209,18 +205,22 @@ def lower(
     if reason := backend.available():
         raise BackendError(f"{name}: {reason}")
     program = backend.adapt(program) if hasattr(backend, "adapt") else program
-    told = backend.build(program, folder, show, config.target)
+    buckets = buckets_of(program)
+    told = backend.build(to_build(program, buckets), folder, show, config.target)
     session: Session | None = None
     parity: Mapping[str, Any] = UNCHECKED
     absent = backend.absent(config.target)
-    if not config.stream:
+    if buckets:
+        found = [bucket_parity(each, config, name, folder, absent) for each in buckets]
+        told = {**told, "buckets": [b.to_json(p) for b, p in zip(buckets, found, strict=True)]}
+        parity = worst_parity(found)
+    elif not config.stream:
         later = absent or (name == "onnx" and config.target)  # opened for its device, when called
         session = None if later else backend.load_session(program.spec(), folder)
         rehearsed = session or backend.rehearse(program.spec(), folder)
-        half = (config.target or "").endswith(HALF)
-        half = half or (name == "onnx" and device_of(config.target).half)
+        narrow = narrow_floats(name, config.target or "")
         if rehearsed is not None:
-            parity = check_parity(program, rehearsed, name, half)
+            parity = check_parity(program, rehearsed, name, narrow)
     text = "\n".join(f"# {part.name}\n{dump(part.graph)}" for part in program.parts)
     (folder / "graphs.txt.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
     described = {**describe(program, config, name, parity, fallback), **told}
@@ -228,86 +228,15 @@ def lower(
     return session, artifact.finish(folder, described)
 
 
-def check_parity(
-    program: Program, session: Session, backend: str, half: bool = False
+def bucket_parity(
+    bucket: Bucket, config: Config, backend: str, folder: Path, absent: str | None
 ) -> Mapping[str, Any]:
-    """Error (relative) and SQNR (dB) of a back end's outputs against reference on the examples.
-
-    With `half` it computes in float16. Every variant is checked, on slots that hold the same step's
-    values; the worst one counts.
-
-    Raises:
-        BackendError: the back end computes something else.
-    """
-    if not program.examples:
-        return UNCHECKED
-    with torch.no_grad():
-        values = same_step(program, program.examples)
-        parts = program.variants
-        found = [_parity(program, session, each, values, backend, half) for each in parts]
-    error, ratio = max(error for error, _ in found), min(ratio for _, ratio in found)
-    return {"error": float(f"{error:.2g}"), "sqnr_db": round(ratio, 1)}
-
-
-def _parity(
-    program: Program, session: Session, part: Part, values: Mapping[str, Any], backend: str,
-    half: bool,
-) -> tuple[float, float]:  # fmt: skip
-    """Relative error and SQNR (dB) of one variant, fed as it is in reference."""
-    env = run_parts(program, values, variant=part.name)
-    expected = [env[name] for name in program.outputs]
-    given = {name: session.arrays.take(env[name], _described(name, env[name]))
-             for name in part.inputs}  # fmt: skip
-    found = session.run(part.name, given)
-    outputs = [torch.as_tensor(found[name]) for name in program.outputs]
-    ratio = worst_db(expected, outputs)
-    bound = parity_bound_db(program, part, values, expected)
-    bound = min(bound, EXACT_DB["float16"]) if half else bound
-    if ratio < bound:
-        raise BackendError(
-            f"{backend} agrees with reference to {ratio:.1f} dB only in {part.name}, and "
-            f"{bound:.0f} dB are needed; this is a defect of the lowering: please report it with "
-            "`effuse dump`"
-        )
-    return relative_error(outputs, expected), ratio
-
-
-def _described(name: str, value: torch.Tensor) -> Input:
-    dtype = str(value.dtype).removeprefix("torch.")
-    return Input(name, Role.LATENT, tuple(value.shape), dtype, (name,))
-
-
-def parity_bound_db(
-    program: Program, part: Part, values: Mapping[str, Any], expected: Sequence[torch.Tensor]
-) -> float:
-    """How close a back end must be to reference in a variant, in dB.
-
-    An exact program: to the dtype's rounding. A quantized one rounds at ties: a difference in the
-    last bits moves a value by a whole step, and the steps add up on their way through the network.
-    How much is measured: reference against itself, every value moved as another kernel's rounding
-    would move it.
-    """
-    exact = EXACT_DB.get(program.model["dtype"], 30.0)
-    if not any(calls(each.graph, *BY_TARGET) for each in program.parts):
-        return exact
-    generator = torch.Generator().manual_seed(0)
-
-    def nudge(_: Part, node: fx.Node, value: Any) -> Any:
-        if not torch.is_tensor(value) or not value.is_floating_point():
-            return None
-        if getattr(node.target, "namespace", "") == "effuse":
-            return None  # steps times a scale: every kernel gives the same
-        noise = torch.randn(value.shape, generator=generator, dtype=torch.float32)
-        return value * (1 + NUDGE * noise).to(value.dtype)
-
-    moved = run_program(program, values, nudge, variant=part.name)
-    return min(exact, worst_db(expected, moved) - TIE_MARGIN_DB)
-
-
-def worst_db(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> float:
-    """The least SQNR (dB) over the outputs."""
-    pairs = zip(expected, found, strict=True)
-    return min(sqnr_db(one.float().numpy(), other.float().numpy()) for one, other in pairs)
+    """The agreement of a bucket's built program with reference; its session is closed again."""
+    module = importlib.import_module(f"effuse.backends.{backend}")
+    open_session = module.rehearse if absent else module.load_session
+    session = None if config.stream else open_session(bucket.named.spec(), folder)
+    narrow = narrow_floats(backend, config.target or "")
+    return UNCHECKED if session is None else check_parity(bucket.named, session, backend, narrow)
 
 
 def describe(
@@ -335,6 +264,7 @@ def describe(
         },
         "plan": plan_costs(program),
         "rates": program.model.get("rates", {}),
+        "sampler": program.model.get("sampler"),
         "native": native_ops(program, backend),
         "parity": dict(parity),
         "versions": versions(LIBRARIES),
@@ -344,7 +274,7 @@ def describe(
 def describe_model(model: Mapping[str, Any]) -> dict[str, Any]:
     """The network for people and pipelines, without the folder that it was loaded from."""
     config = {k: v for k, v in model.get("config", {}).items() if k != "_name_or_path"}
-    return {**{k: v for k, v in model.items() if k != "rates"}, "config": config}
+    return {**{k: v for k, v in model.items() if k not in BESIDE}, "config": config}
 
 
 def native_ops(program: Program, backend: str) -> dict[str, str]:

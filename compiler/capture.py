@@ -22,6 +22,7 @@ from effuse.capture_checks import (
     is_fixed,
     size_steps,
 )
+from effuse.capture_inline import inline_modes
 from effuse.capture_inputs import (
     Leaf,
     copied,
@@ -30,6 +31,8 @@ from effuse.capture_inputs import (
     flatten_inputs,
     symbolic_axes,
 )
+from effuse.capture_unwrap import uncompiled, unwrapped
+from effuse.capture_values import Record, recorded, replayed
 from effuse.errors import CaptureError
 from effuse.graph import eliminate, set_outputs
 from effuse.plan import ROLE_DEPENDS, Dim, Input, Role
@@ -37,6 +40,7 @@ from effuse.program import Part, Program
 from effuse.rates import dependences
 from effuse.roles import infer_roles
 
+CHANGING = (Role.LATENT, Role.TIMESTEP)  # from step to step
 WEIGHT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
@@ -59,14 +63,28 @@ def capture(
             source.
         InputError: `inputs` do not fit forward's signature, or the timestep is not of `timesteps`.
     """
+    model = unwrapped(model)
     check_model(model)
+    with uncompiled(model):
+        return captured(model, inputs, roles, dynamic, timesteps)
+
+
+def captured(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    roles: Mapping[str, str | Role] | None,
+    dynamic: Mapping[str, tuple[int, int]] | None,
+    timesteps: tuple[float, ...] | None,
+) -> Program:
+    """The Program of a network that is no wrapper, with nothing compiled in it."""
     parameters = check_signature(model, inputs)
     inputs = copied(inputs)  # forward may write into them, and the caller afterwards
     leaves, constants = flatten_inputs(inputs)
     found = infer_roles({leaf.label: leaf.tensor.dim() for leaf in leaves}, roles)
     check_timesteps(leaves, found, timesteps)
     shapes = dynamic_shapes(inputs, leaves, found, dynamic or {})
-    exported = export(model, inputs, shapes)
+    exported, fixed = traced(model, inputs, shapes, found)
+    found |= fixed
     graph, weights, names = unlift(exported, [leaf.path for leaf in leaves])
     check_random(graph)
     symbols = symbol_names(leaves, names, graph, found, dynamic or {})
@@ -112,7 +130,8 @@ def described_input(leaf: Leaf, name: str, role: Role, shape: tuple[Dim, ...]) -
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """The class, size and (for diffusers) config of a network, as JSON-able data."""
-    config = dict(getattr(model, "config", None) or {})
+    known: Any = getattr(model, "config", None) or {}
+    config = dict(known.to_dict() if hasattr(known, "to_dict") else known)
     return {
         "class": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -128,6 +147,39 @@ def _is_json(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
+def traced(
+    model: nn.Module, inputs: Mapping[str, Any], shapes: dict[str, Any] | None,
+    roles: Mapping[str, Role],
+) -> tuple[ExportedProgram, dict[str, Role]]:  # fmt: skip
+    """The exported network, and its inputs whose values it reads: they have become static.
+
+    These values are recorded on the examples, where torch.export cannot do without them, and where
+    they can be the same at every step.
+    """
+    try:
+        return export(model, inputs, shapes), {}
+    except CaptureError as error:
+        record = None if shapes is not None else readable(model, inputs, roles)
+        if record is None:
+            raise error
+    with replayed(model, record.values):
+        return export(model, inputs, None), dict.fromkeys(record.labels, Role.STATIC)
+
+
+def readable(
+    model: nn.Module, inputs: Mapping[str, Any], roles: Mapping[str, Role]
+) -> Record | None:
+    """What forward reads on the examples; None where it may read something else at another step."""
+    if any(each.is_meta for each in pytree.tree_leaves(dict(inputs)) if torch.is_tensor(each)):
+        return None
+    try:
+        record = recorded(model, inputs)
+    except Exception:  # of the network itself: what export said of it is nearer to the point
+        return None
+    changing = any(roles[label] in CHANGING for label in record.labels)
+    return None if changing or not record.values else record
+
+
 def export(
     model: nn.Module, inputs: Mapping[str, Any], shapes: dict[str, Any] | None
 ) -> ExportedProgram:
@@ -139,6 +191,7 @@ def export(
             )
     except Exception as error:
         raise CaptureError(explain(error)) from error
+    inline_modes(exported.graph_module)
     mutates = any(
         isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
         for node in exported.graph.nodes

@@ -22,7 +22,9 @@ def run(
     uncond: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The same without a prompt, for guidance.")
     ] = None,
-    guidance: Annotated[float, typer.Option(help="Over 1: two runs a step.")] = 1.0,
+    guidance: Annotated[
+        float | None, typer.Option(help="Over 1: with and without the prompt.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     size: Annotated[
         list[str] | None, typer.Option(metavar="NAME=NUMBER", help="A size left open.")
@@ -33,22 +35,30 @@ def run(
     cpu: Annotated[
         bool, typer.Option("--cpu", help="On the CPU, whatever it is built for.")
     ] = False,
+    prompt: Annotated[str | None, typer.Option(help="Of a pipeline's artifact.")] = None,
+    negative: Annotated[str | None, typer.Option(help="What to lead away from.")] = None,
 ) -> None:
     """Sample pictures from an artifact into one PNG.
 
-    The scheduler of diffusers is a plain DDIMScheduler unless --scheduler names another. An
-    artifact that was compiled for a schedule needs the same timesteps. Inputs that no file gives
-    are zeros.
+    An artifact that was compiled with a scheduler samples by it, and needs neither torch nor
+    diffusers. Otherwise, and with --scheduler or other --steps, diffusers does: a plain
+    DDIMScheduler unless another is named. An artifact that was compiled for a schedule needs the
+    same timesteps. Inputs that no file gives are zeros.
 
     \b
     Examples:
       effuse run unet.effuse -o pictures.png --scheduler unet/scheduler
       effuse run unet.effuse -o pictures.png --inputs prompts.npz --guidance 3 --seed 7
       effuse run unet.effuse -o pictures.png --lora style.safetensors:0.8
+      effuse run pipeline.effuse -o picture.png --prompt "a lighthouse at dusk" --seed 7
     """
+    from effuse.cli_pipeline import run_pipeline
+
+    if run_pipeline(artifact, output, prompt, negative, guidance, seed, cpu):
+        return
     from effuse.cli_sample import Sampling, sample
 
-    sample(Sampling(artifact, output, steps, scheduler, inputs, uncond, guidance, seed,
+    sample(Sampling(artifact, output, steps, scheduler, inputs, uncond, guidance or 1.0, seed,
                     sizes(size or (), "--size"), scaled(lora or ()), cpu))  # fmt: skip
 
 

@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from effuse import api
-from effuse.cli_sample import nested, one, open_sizes, shape_of
+from effuse.cli_sample import open_sizes, shape_of
 from effuse.cli_tables import processor
 from effuse.cli_text import check_place, out, size_text, table, versions, whole_file
 from effuse.plan import Input, Role
+from effuse.sampler import nested, one
 
 KEPT_TIMESTEP = 500.0  # where the artifact has no schedule
 

@@ -15,7 +15,8 @@ from rich.markup import escape
 from torch import nn
 
 from effuse import api, artifact, build
-from effuse.capture_inputs import dynamic_shapes, flatten_inputs
+from effuse.buckets import completed, sizes_text
+from effuse.capture_inputs import dynamic_shapes, flatten_inputs, named_sizes
 from effuse.cli_text import check_place, out, shape_text, size_text, table, whole_file
 from effuse.config import Config
 from effuse.config import resolve as resolve_config
@@ -25,6 +26,7 @@ from effuse.inspect_model import load_folder, resolve
 from effuse.pass_manager import run_passes
 from effuse.passes import Canonicalize, Pass
 from effuse.program import Program
+from effuse.resume import finished, part_of
 from effuse.roles import infer_roles
 
 FILES = {
@@ -50,8 +52,10 @@ class Request:
     target: str | None = None
     batch: int | None = None
     dynamic: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    shapes: Sequence[Mapping[str, int]] = ()
     roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
     stream: bool = False
+    resume: Path | None = None
 
     def settings(self) -> Config:
         """The configuration, with the command line's overrides."""
@@ -62,6 +66,7 @@ class Request:
         given["stream"] = base.stream or self.stream
         given["roles"] = {**base.roles, **self.roles}
         given["dynamic"] = {**base.dynamic, **self.dynamic}
+        given["shapes"] = self.shapes or base.shapes
         return Config(**given)
 
     def schedule(self) -> Any:
@@ -157,13 +162,28 @@ def compile_to(request: Request, output: Path, page: Path | None, quiet: bool) -
     network = resolve(request.model) if settings.stream else load_folder(folder)
     inputs = example_inputs(request, network, build.timesteps_of(schedule))
     model = folder if settings.stream else network
-    compiled = api.compile(model, settings, inputs=inputs, schedule=schedule, progress=not quiet)
+    kept = (request.resume or part_of(output)) if settings.stream else request.resume
+    tell_kept(console, kept)
+    compiled = api.compile(
+        model, settings, inputs=inputs, schedule=schedule, progress=not quiet, resume=kept
+    )
     compiled.save(output)
     if page is not None:
         with whole_file(page) as staged:
             compiled.report.to_html(staged)
     compiled.report.summary(console)
     tell_written(console, output, compiled, page)
+
+
+def tell_kept(console: Console, kept: Path | None) -> None:
+    """Where an interrupted build goes on, and with what."""
+    if kept is None:
+        return
+    if found := finished(kept):
+        console.print(f"going on with {escape(str(kept))}, which has {found} finished tensors")
+    else:
+        console.print(f"what is finished is kept in {escape(str(kept))}; if this is interrupted, "
+                      "the same command goes on")  # fmt: skip
 
 
 def tell_written(console: Console, output: Path, compiled: api.Compiled, page: Path | None) -> None:
@@ -242,6 +262,8 @@ def show_inputs(console: Console, settings: Config, inputs: Mapping[str, Any]) -
     console.print(rows)
     for name, (low, high) in settings.dynamic.items():
         console.print(f"  {name} is left open, {low} to {high}")
+    for sizes in completed(settings.shapes, named_sizes(inputs, roles)):
+        console.print(f"  a program of its own for {sizes_text(sizes)}")
 
 
 def show_output(

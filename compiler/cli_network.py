@@ -18,7 +18,7 @@ from effuse.cli_options import (
     Steps,
     Times,
 )
-from effuse.cli_text import numbers, ranges, values
+from effuse.cli_text import numbers, ranges, shapes, values
 from effuse.cli_text import pairs as texts
 
 
@@ -39,10 +39,17 @@ def compile_(
     dynamic: Annotated[
         list[str] | None, typer.Option(metavar="NAME=LOW:HIGH", help="Leave a size open.")
     ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=SIZE,…", help="Build for these sizes; may be given repeatedly."),
+    ] = None,
     role: Roles = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="Layer by layer, for networks larger than memory.")
     ] = False,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="With --stream, instead of OUT.part.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done.")] = False,
     report: Page = None,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")] = False,
@@ -53,10 +60,11 @@ def compile_(
     With --steps the timesteps are those of the scheduler in MODEL/scheduler, or of --scheduler;
     what depends on the timestep only is then computed at build time. With --stream weights are
     read from MODEL as they are needed; nothing calibrates then, which leaves the presets exact and
-    w4a16. With --backend triton every kernel is compiled for the GPU --target, which need not be
-    here; there the artifact needs torch, and compiles nothing. With --backend tensorrt --target is
-    tensorrt-10 or tensorrt-11, with -fp16 for float16; engines are built where the GPU is, by the
-    artifact's build_engines.py or when it is first run.
+    w4a16; what is finished is kept in OUT.part, and the same command goes on after an
+    interruption. With --backend triton every kernel is compiled for the GPU --target, which need
+    not be here; there the artifact needs torch, and compiles nothing. With --backend tensorrt
+    --target is tensorrt-10 or tensorrt-11, with -fp16 for float16; engines are built where the GPU
+    is, by the artifact's build_engines.py or when it is first run.
 
     \b
     Examples:
@@ -65,14 +73,16 @@ def compile_(
       effuse compile unet/ -c w4a16 --stream --steps 30 -o unet.effuse
       effuse compile transformer/ -c w8a8 --backend triton --target sm_90 -o dit.effuse
       effuse compile unet/ -c mine.toml --dynamic batch=1:8 --dry-run
+      effuse compile unet/ --shape height=64,width=64 --shape height=96,width=64 -o unet.effuse
     """
     from effuse import cli_build
 
     if output is None and not dry_run:
         raise typer.BadParameter("say where to write: -o OUT (or try --dry-run)")
     request = _request(model, config, steps, scheduler, timesteps, role, backend=backend,
+                       shapes=shapes(shape or (), "--shape"),
                        target=target, batch=batch, dynamic=ranges(dynamic or (), "--dynamic"),
-                       stream=stream)  # fmt: skip
+                       stream=stream, resume=resume)  # fmt: skip
     if dry_run or output is None:
         cli_build.dry_run(request, output, report)
     else:

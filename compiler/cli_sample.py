@@ -18,9 +18,10 @@ from rich.markup import escape
 from effuse import api
 from effuse.cli_text import check_place, out, shape_text, size_text, whole_file
 from effuse.devices import CPU
-from effuse.errors import ConfigError, InputError, nearest, require
+from effuse.errors import ConfigError, InputError, MissingExtra, nearest, require
 from effuse.plan import Input, ProgramSpec, Role
 from effuse.report_plan import variants_text
+from effuse.sampler import Array, Denoiser, Sampler, one, trajectory
 
 Values = dict[str, Any]  # label -> array
 
@@ -82,6 +83,7 @@ def open_sizes(
         if name not in names:
             raise ConfigError(f"--size: {name!r} is not left open{nearest(name, names)}")
     found = {name: min(max(BATCH, low), high) for name, (low, high) in spec.bounds.items()}
+    found |= spec.shapes[0] if spec.shapes else {}
     for item in spec.inputs:
         shape = np.shape(given[item.label]) if item.label in given else ()
         found |= {name: size for name, size in zip(item.shape, shape, strict=False)
@@ -111,39 +113,17 @@ def fill(
     return found
 
 
-def nested(spec: ProgramSpec, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by label as the arguments of a call, nested as forward takes them."""
-    found: dict[str, Any] = {}
-    for item in spec.inputs:
-        place = found
-        for key in item.path[:-1]:
-            place = place.setdefault(key, {})
-        place[item.path[-1]] = values[item.label]
-    return found
-
-
-def one(spec: ProgramSpec, role: Role) -> Input:
-    """The input of that role.
-
-    Raises:
-        InputError: there is none.
-    """
-    found = next((item for item in spec.inputs if item.role is role), None)
-    if found is None:
-        raise InputError(f"the artifact has no input with the role {role.value}, which run needs")
-    return found
-
-
 def prepare_scheduler(request: Sampling, spec: ProgramSpec) -> Any:
     """The scheduler with its timesteps set, which are the artifact's where it has a schedule.
 
     Raises:
         ConfigError: the timesteps differ.
     """
+    diffusers = require("diffusers", "diffusers")
+    require("torch", "diffusers")
     from effuse.build import timesteps_of
     from effuse.cli_build import load_scheduler, set_steps
 
-    diffusers = require("diffusers", "diffusers")
     plain = request.scheduler is None
     scheduler = diffusers.DDIMScheduler() if plain else load_scheduler(Path(str(request.scheduler)))
     known = spec.timesteps
@@ -168,40 +148,60 @@ def steps_text(times: Sequence[float]) -> str:
     return f"{len(times)} timesteps {', '.join(shown)}"
 
 
-class Denoiser:
-    """The artifact as a function of latent and timestep, guided where that was asked for."""
+class Live:
+    """A diffusers scheduler where a sampler is expected; it draws its own noise."""
 
-    def __init__(self, compiled: Any, told: Values, free: Values | None, guidance: float) -> None:
-        self.compiled, self.told, self.free, self.guidance = compiled, told, free, guidance
-        spec = compiled.session.spec
-        self.latent, self.timestep = one(spec, Role.LATENT), one(spec, Role.TIMESTEP)
-
-    def __call__(self, latent: Any, time: Any) -> Any:
-        """The prediction; guided, free + guidance · (told - free)."""
-        told = self._run(latent, time, self.told)
-        if self.free is None:
-            return told
-        free = self._run(latent, time, self.free)
-        return free + self.guidance * (told - free)
-
-    def _run(self, latent: Any, time: Any, prompt: Values) -> Any:
+    def __init__(self, scheduler: Any, seed: int) -> None:
         import torch
 
-        spec = self.compiled.session.spec
-        shape = [latent.shape[0]] if self.timestep.shape else []
-        when = torch.full(shape, float(time), dtype=getattr(torch, self.timestep.dtype))
-        tensors = {label: torch.from_numpy(np.ascontiguousarray(v)) for label, v in prompt.items()}
-        typed = latent.to(getattr(torch, self.latent.dtype))
-        values = {**tensors, self.latent.label: typed, self.timestep.label: when}
-        output = self.compiled(**nested(spec, values))
-        found = output if hasattr(output, "shape") else output[0]
-        return found[:, : latent.shape[1]].to(latent.dtype)  # the rest, if any, is a variance
+        self.scheduler = scheduler
+        self.timesteps = scheduler.timesteps.cpu().numpy()
+        self.initial_scale = float(getattr(scheduler, "init_noise_sigma", 1.0))
+        takes_noise = "generator" in inspect.signature(scheduler.step).parameters
+        generator = torch.Generator().manual_seed(seed)
+        self.options = {"generator": generator} if takes_noise else {}
+
+    def noisy(self, i: int) -> bool:
+        """Whether step i has to be handed noise."""
+        return False
+
+    def scale(self, i: int, x: Array) -> Array:
+        """The sample as the network is shown it."""
+        import torch
+
+        scale = getattr(self.scheduler, "scale_model_input", lambda value, _: value)
+        shown: Array = scale(torch.from_numpy(x), self.scheduler.timesteps[i]).numpy()
+        return shown
+
+    def step(self, i: int, x: Array, output: Array, noise: Array | None = None) -> Array:
+        """The next sample."""
+        import torch
+
+        given = torch.from_numpy(output), self.scheduler.timesteps[i], torch.from_numpy(x)
+        after: Array = self.scheduler.step(*given, **self.options).prev_sample.numpy()
+        return after
+
+
+def solver_of(request: Sampling, spec: ProgramSpec, kept: Mapping[str, Any] | None) -> Any:
+    """The artifact's own sampler, or the scheduler or number of steps that was asked for.
+
+    Raises:
+        MissingExtra: that needs diffusers, which is not installed.
+    """
+    own = Sampler.from_json(kept) if kept and "refused" not in kept else None
+    if own and request.scheduler is None and request.steps in (None, len(own.timesteps)):
+        return own
+    try:
+        return Live(prepare_scheduler(request, spec), request.seed)
+    except MissingExtra as error:
+        why = "other steps were asked for than it has" if own else (
+            kept["refused"] if kept else "it was compiled without a scheduler")  # fmt: skip
+        raise MissingExtra(f"no sampler of the artifact's own: {why}; {error}") from error
 
 
 def sample(request: Sampling) -> None:
     """Sample pictures from an artifact, and write them as one grid."""
     check_place(request.output)
-    require("torch")
     console = out()
     compiled = api.load(request.artifact, providers=(CPU,) if request.cpu else ())
     spec = compiled.session.spec
@@ -210,13 +210,15 @@ def sample(request: Sampling) -> None:
         layers = len(compiled.loras[-1].pairs)
         console.print(f"LoRA {escape(name)}: {layers} layers, scale {scale:g}", emoji=False)
     shape, told, free = sampling_inputs(request, spec, console)
-    scheduler = prepare_scheduler(request, spec)
+    solver = solver_of(request, spec, compiled.manifest.get("sampler"))
     denoise = Denoiser(compiled, told, free, request.guidance)
+    generator = np.random.default_rng(request.seed)
+    noise = generator.standard_normal(shape, np.float32)
     start = time.perf_counter()
-    latents = trajectory(denoise, scheduler, shape, request.seed)
+    latents = trajectory(denoise, solver, noise, generator)
     seconds = time.perf_counter() - start
-    write_grid(latents.numpy(), request.output, console)
-    steps = len(scheduler.timesteps)
+    write_grid(latents, request.output, console)
+    steps = len(solver.timesteps)
     console.print(
         f"[bold]wrote[/] {escape(str(request.output))} "
         f"({size_text(request.output.stat().st_size)}, {shape[0]} pictures, {steps} steps, "
@@ -224,6 +226,19 @@ def sample(request: Sampling) -> None:
     )
     if ran := variants_text(compiled.session.steps):
         console.print(f"ran {ran}")
+
+
+def halved(spec: ProgramSpec) -> ProgramSpec:
+    """The inputs as the caller has them, where the plan wants both halves of guidance at once."""
+    rows = one(spec, Role.LATENT).shape[0]
+    if spec.plan.guidance is None or not isinstance(rows, int):
+        return spec
+    halves = tuple(
+        dataclasses.replace(item, shape=(rows // 2, *item.shape[1:]))
+        if item.shape[:1] == (rows,) else item
+        for item in spec.inputs
+    )  # fmt: skip
+    return dataclasses.replace(spec, inputs=halves)
 
 
 def sampling_inputs(
@@ -236,6 +251,9 @@ def sampling_inputs(
             f"the latent {latent.label} is {shape_text(latent.shape)}, and run makes pictures of "
             "latents of shape batch×channels×height×width only; use effuse.load in Python"
         )
+    if request.guidance > 1:
+        spec = halved(spec)
+        latent = one(spec, Role.LATENT)
     given = read_arrays(request.inputs, spec)
     sizes = open_sizes(spec, given, request.sizes)
     told = fill(spec, given, sizes, console.print)
@@ -246,23 +264,6 @@ def sampling_inputs(
     free = fill(spec, read_arrays(request.uncond, spec), sizes,
                 lambda text: console.print(f"without a prompt, {text}"))  # fmt: skip
     return shape_of(latent, sizes), told, free
-
-
-def trajectory(denoise: Denoiser, scheduler: Any, shape: Sequence[int], seed: int) -> Any:
-    """From seeded noise to the last latents, step by step."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(tuple(shape), generator=generator)
-    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
-    takes_noise = "generator" in inspect.signature(scheduler.step).parameters
-    options = {"generator": generator} if takes_noise else {}
-    with torch.no_grad():
-        for when in scheduler.timesteps:
-            scale = getattr(scheduler, "scale_model_input", lambda value, _: value)
-            prediction = denoise(scale(latents, when), when)
-            latents = scheduler.step(prediction, when, latents, **options).prev_sample
-    return latents
 
 
 def write_grid(latents: Any, path: Path, console: Console) -> None:

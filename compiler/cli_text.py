@@ -112,6 +112,11 @@ def sizes(given: Sequence[str], option: str) -> dict[str, int]:
     return {key: int(text) for key, text in found.items()}
 
 
+def shapes(given: Sequence[str], option: str) -> list[dict[str, int]]:
+    """`height=64,width=96` arguments as numbers."""
+    return [sizes([each.strip() for each in text.split(",")], option) for text in given]
+
+
 def scaled(given: Sequence[str]) -> dict[Path, float]:
     """`style.safetensors:0.8` arguments as files with their scales, 1 where none is given."""
     found = {}

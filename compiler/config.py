@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from effuse.buckets import check_asked
 from effuse.devices import check_formats, check_sizes
 from effuse.errors import ConfigError, nearest, require
 from effuse.plan import to_json
@@ -23,6 +24,7 @@ try:
         field_validator,
     )
 
+    from effuse.capture_inputs import SYMBOLS
     from effuse.draw import DRAWS
     from effuse.passes import BY_NAME, ORDER, PRESETS, AutoBits, Pass, Quantize
 except ModuleNotFoundError as missing:
@@ -44,6 +46,10 @@ class Config(BaseModel):
         seed: of everything random (calibration noise).
         roles: overrides, input's label -> latent, timestep, prompt or static.
         dynamic: sizes left open with bounds, e.g. {"batch": (1, 8)}.
+        shapes: sizes to build, each a static program over one set of weights, e.g.
+            [{"height": 64, "width": 64}, {"height": 96, "width": 64}]; a size that one does not
+            name is the example's. None: one program, for the example's sizes or those within the
+            bounds of `dynamic`.
         step_groups: groups of timesteps that calibration keeps statistics for.
         calibration_steps: which of its calls calibration records: `all`, `uniform` over the
             schedule (Q-Diffusion), `normal`, more of the clean end (PTQ4DM), or by `density` and
@@ -62,6 +68,7 @@ class Config(BaseModel):
     seed: int = 0
     roles: dict[str, str] = {}
     dynamic: dict[str, tuple[int, int]] = {}
+    shapes: tuple[dict[str, int], ...] = ()
     step_groups: int = 10
     calibration_steps: str = "all"
     calibration_calls: int | None = None
@@ -78,9 +85,10 @@ class Config(BaseModel):
         except ValidationError as error:
             raise own_error(error) or ConfigError(f"config: {first_problem(error)}") from None
         check_backend(self.target, self.backend)
+        check_asked(self.shapes, self.dynamic, SYMBOLS)
         if self.backend in ("auto", "onnx"):
             check_formats(self.target, *formats_asked(self.passes))
-            check_sizes(self.target, list(self.dynamic))
+            check_sizes(self.target, [] if self.shapes else list(self.dynamic))
 
     @field_validator("passes", mode="before")
     @classmethod

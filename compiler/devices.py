@@ -18,6 +18,7 @@ from effuse.errors import BackendError, ConfigError
 
 CPU = "CPUExecutionProvider"
 HALF = "-fp16"  # end of the name of a target whose floats are float16
+BRAIN = "-bf16"  # the same of bfloat16
 WHEEL = "pip install onnxruntime"
 
 
@@ -174,7 +175,7 @@ def check_sizes(target: str | None, open_sizes: Sequence[str]) -> None:
     if device_of(target).fixed and open_sizes:
         raise ConfigError(
             f"target: {target!r} takes fixed sizes only, and dynamic= leaves {list(open_sizes)} "
-            "open; compile once for each size"
+            "open; list the sizes to build in shapes=[…]"
         )
 
 

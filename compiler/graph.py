@@ -70,6 +70,14 @@ def emit(
     return node
 
 
+def cast(node: fx.Node, dtype: torch.dtype, like: fx.Node | None = None) -> fx.Node:
+    """The value in this dtype: as it is, or made so at the insertion point."""
+    if value_of(node).dtype == dtype:
+        return node
+    made: fx.Node = emit(node.graph, torch.ops.aten.to.dtype, node, dtype, like=like or node)
+    return made
+
+
 def emit_input(graph: fx.Graph, name: str, value: Any) -> fx.Node:
     """A new placeholder, behind the existing ones and before all else, with the fake `value`."""
     after = next((node for node in graph.nodes if node.op != "placeholder"), graph._root)
@@ -83,7 +91,12 @@ def emit_weight(graph: fx.Graph, weights: WeightStore, name: str, tensor: Any) -
     """A node that reads the weight `name`, which is stored as `tensor`."""
     weights[name] = tensor
     node = graph.get_attr(name)
-    node.meta["val"] = fake_mode(graph).from_tensor(tensor, static_shapes=True)
+    mode = fake_mode(graph)
+    if isinstance(tensor, torch.Tensor):
+        node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
+    else:  # made when it is read
+        with mode:
+            node.meta["val"] = torch.empty(tensor.like.shape, dtype=tensor.like.dtype)
     return node
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from effuse.errors import require
+from effuse.resume import Journal
+from effuse.tensor_file import Stored, write_tensors
 
 INLINE_BYTES = 1024  # smaller tensors stay inside the model
-ALIGNMENT = 64  # bytes; offsets in the file are multiples of it
+KEY = "effuse.key"  # of a tensor that is read when it is written: what decides its bytes
 
 DTYPES = {
     "float32": "F32",
@@ -51,7 +52,7 @@ class Store:
             swappable = value.is_graph_input()
             if tensor is None or (tensor.nbytes < INLINE_BYTES and not swappable):
                 continue
-            data = tensor.tobytes()
+            data = tensor.metadata_props.get(KEY, "").encode() or tensor.tobytes()
             kind = f"{tensor.dtype.name}{tuple(tensor.shape)}{name if swappable else ''}"
             digest = hashlib.sha256(kind.encode() + data).hexdigest()
             taken = {known for known, _ in self._tensors.values()}
@@ -61,30 +62,18 @@ class Store:
 
     def add(self, name: str, tensor: Any) -> None:
         """Store an ir tensor that no model reads."""
-        self._tensors[name] = (name, tensor)
+        digest = hashlib.sha256(name.encode() + tensor.tobytes()).hexdigest()
+        self._tensors[digest] = (name, tensor)
 
-    def write(self, path: Path) -> None:
-        """Write the file, one tensor at a time."""
-        header: dict[str, Any] = {}
-        position = 0
+    def write(
+        self, path: Path, journal: Journal | None = None,
+        progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    ) -> None:  # fmt: skip
+        """Write the file, one tensor at a time; what the journal has is there already."""
         order = sorted(self._tensors.items(), key=lambda item: item[1][0])
-        for digest, (name, tensor) in order:
-            size = tensor.nbytes
-            header[name] = {
-                "dtype": DTYPES[str(np.dtype(tensor.dtype.numpy()))],
-                "shape": list(map(int, tensor.shape)) if tensor.dtype.bitwidth >= 8 else [size],
-                "data_offsets": [position, position + size],
-            }
-            self._offsets[digest] = (position, size)
-            position += size
-        text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
-        text += b" " * (-(len(text) + 8) % ALIGNMENT)
-        start = 8 + len(text)
-        with path.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for _, (_, tensor) in order:
-                file.write(tensor.tobytes())
-        self._offsets = {key: (start + at, size) for key, (at, size) in self._offsets.items()}
+        stored = [_stored(name, digest, tensor) for digest, (name, tensor) in order]
+        offsets = write_tensors(path, stored, journal, progress)
+        self._offsets = {digest: offsets[name] for digest, (name, _) in order}
         self._file = path.name
 
     def save(self, model: Any, path: Path) -> None:
@@ -101,3 +90,9 @@ class Store:
             )  # fmt: skip
         proto = ir.to_proto(model)
         path.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def _stored(name: str, key: str, tensor: Any) -> Stored:
+    shape = tuple(map(int, tensor.shape)) if tensor.dtype.bitwidth >= 8 else (tensor.nbytes,)
+    kind = DTYPES[str(np.dtype(tensor.dtype.numpy()))]
+    return Stored(name, kind, shape, tensor.nbytes, key, tensor.tobytes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,38 @@ from effuse.tensor_file import open_tensors, read_tensor
 
 DEVICE, EXTRA = "CPU", "openvino"
 WEIGHTS = "weights.safetensors"
-GROUPS = "openvino.json"  # by part: in what groups a linear layer's input is rounded, as it comes
+SETTINGS = "openvino.json"
 LAYERS = ("Convolution", "FullyConnected", "MatMul")
-# OpenVINO computes in bfloat16 where the processor can, and rounds the inputs of linear layers on
-# weights of few bits to 8 bits; here it computes what the graph says.
-SETTINGS: Mapping[str, Any] = {
-    "INFERENCE_PRECISION_HINT": "f32",
-    "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
-    "PERFORMANCE_HINT": "LATENCY",
-    "NUM_STREAMS": 1,
-}
+PRECISIONS = ("f32", "bf16")
+HINTS: Mapping[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What OpenVINO would choose for itself, and does here as the artifact says.
+
+    Args:
+        precision: of floats; by itself it takes bfloat16 wherever the processor has it.
+        groups: by part, the size of the groups in which inputs of linear layers on weights of few
+            bits are rounded to 8 bits at run time; by itself it does that everywhere.
+    """
+
+    precision: str = "f32"
+    groups: Mapping[str, int] = field(default_factory=dict)
+
+    def of(self, part: str) -> dict[str, Any]:
+        """OpenVINO's own names and values."""
+        return {
+            **HINTS,
+            "INFERENCE_PRECISION_HINT": self.precision,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": self.groups.get(part, 0),
+        }
 
 
 def open_session(
     spec: ProgramSpec, folder: Path, *, threads: int = 0, providers: Sequence[str] = ()
 ) -> Session:
-    """A Session over `<part>.onnx` in `folder`, in float32 but for what the graphs quantize.
+    """A Session over `<part>.onnx` in `folder`, with the settings that were written beside them.
 
     Args:
         threads: of the whole; 0 lets OpenVINO choose.
@@ -49,30 +66,33 @@ def open_session(
             f"providers: {list(providers)} are onnxruntime's, and this artifact is built for "
             "OpenVINO, which runs it on the CPU; leave them out, or compile with backend='onnx'"
         )
-    core, groups = require("openvino", EXTRA).Core(), read_groups(folder)
+    core, settings = require("openvino", EXTRA).Core(), read_settings(folder)
     runs = {}
     for part in spec.parts:
-        settings = {
-            **SETTINGS,
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": groups.get(part.name, 0),
-            "INFERENCE_NUM_THREADS": threads,
-        }
-        compiled = compile_part(core, folder / f"{part.name}.onnx", settings)
+        chosen = {**settings.of(part.name), "INFERENCE_NUM_THREADS": threads}
+        compiled = compile_part(core, folder / f"{part.name}.onnx", chosen)
         runs[part.name] = _run(part, compiled, folder)
     return Session(spec, runs)
 
 
-def read_groups(folder: Path) -> dict[str, int]:
-    """By part, the size of the groups in which inputs of linear layers are rounded at run time.
+def write_settings(folder: Path, settings: Settings) -> None:
+    """Write `openvino.json`."""
+    text = json.dumps(asdict(settings), sort_keys=True)
+    (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
+
+
+def read_settings(folder: Path) -> Settings:
+    """The settings of an artifact.
 
     Raises:
-        ArtifactError: the file says something else.
+        ArtifactError: the file is missing, or says something else.
     """
     try:
-        found = json.loads((folder / GROUPS).read_text(encoding="utf-8"))
-        return {str(part): int(size) for part, size in found.items()}
-    except (OSError, AttributeError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{GROUPS}: missing or damaged: {error}") from None
+        found = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        groups = {str(part): int(size) for part, size in found["groups"].items()}
+        return Settings(PRECISIONS[PRECISIONS.index(found["precision"])], groups)
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{SETTINGS}: missing or damaged: {error}") from None
 
 
 def compile_part(core: Any, path: Path, settings: Mapping[str, Any]) -> Any:

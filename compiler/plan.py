@@ -238,6 +238,7 @@ class ProgramSpec:
     steps: Mapping[str, int] = dataclasses.field(default_factory=dict)  # of an open size
     adapters: tuple[Adapter, ...] = ()
     max_rank: int = 0  # of all LoRAs on one layer together
+    shapes: tuple[Mapping[str, int], ...] = ()  # sizes that were built; none: any within bounds
 
     def part(self, name: str) -> PartSpec:
         """The part of that name."""
@@ -347,4 +348,8 @@ def spec_from_json(data: Mapping[str, Any]) -> ProgramSpec:
             Adapter(**{**item, "shape": tuple(item["shape"])}) for item in data.get("adapters", ())
         ),
         max_rank=int(data.get("max_rank", 0)),
+        shapes=tuple(
+            {str(name): int(size) for name, size in sizes.items()}
+            for sizes in data.get("shapes", ())
+        ),
     )

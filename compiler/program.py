@@ -100,6 +100,8 @@ class Program:
     steps: Mapping[str, int] = field(default_factory=dict)
     examples: Mapping[str, torch.Tensor] = field(default_factory=dict)
     expected: tuple[torch.Tensor, ...] | None = None  # eager's outputs on the examples
+    shapes: tuple[Mapping[str, int], ...] = ()  # the sizes to build; none: all within bounds
+    expected_at: tuple[tuple[torch.Tensor, ...], ...] = ()  # eager's outputs at each of `shapes`
     model: Mapping[str, Any] = field(default_factory=dict)  # class, config and size, for people
     records: tuple[Record, ...] = ()
     layers: tuple[Layer, ...] = ()
@@ -152,6 +154,7 @@ class Program:
             steps=self.steps,
             adapters=self.adapters,
             max_rank=self.max_rank,
+            shapes=self.shapes,
         )
 
 

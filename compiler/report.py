@@ -158,12 +158,13 @@ def write_text(path: Path, text: str) -> None:
 def section_view(name: str, report: Report) -> dict[str, Any]:
     """What the page says of one compiled network."""
     manifest = report.manifest
-    inputs, programs, passes, native, kernels, lowering = tables(manifest)
+    inputs, programs, sizes, passes, native, kernels, lowering = tables(manifest)
     return {
         "name": name,
         "facts": facts(manifest, report.seconds),
         "inputs": inputs,
         "programs": programs,
+        "sizes": sizes,
         "bars": rate_bars(manifest),
         "passes": passes,
         "native": native,

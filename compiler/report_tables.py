@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from effuse.buckets import sizes_text
 from effuse.report_plan import variant_steps
 from effuse.report_text import (
     Table,
@@ -71,6 +72,7 @@ def tables(manifest: Manifest) -> list[Table]:
     return [
         inputs_table(manifest),
         programs_table(manifest),
+        buckets_table(manifest),
         passes_table(manifest),
         native_table(manifest),
         kernels_table(manifest),
@@ -107,6 +109,20 @@ def programs_table(manifest: Manifest) -> Table:
         for name, part in sorted(parts, key=lambda item: RATES.index(item[1]["rate"]))
     ]
     return Table("Programs", ("program", "runs", "nodes", "parameters", "MB", "GFLOPs"), rows)
+
+
+def buckets_table(manifest: Manifest) -> Table:
+    """The sizes that have a program of their own, and what a step of the default variant costs."""
+    default = manifest["program"].get("plan", {}).get("default", "")
+    rows = [
+        (
+            sizes_text(each["sizes"]),
+            gigaflops(each["flops"].get(default, 0)),
+            decibels(each["parity"]["sqnr_db"]),
+        )
+        for each in manifest.get("buckets", ())
+    ]
+    return Table("Sizes", ("size", "GFLOPs a step", "dB to reference"), rows)
 
 
 def passes_table(manifest: Manifest) -> Table:

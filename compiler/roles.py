@@ -10,7 +10,10 @@ from effuse.plan import Role
 # The names that networks of the field give their inputs. Everything else is taken for a prompt
 # input (fixed for one picture), unless no latent was found by name: then the first one is it.
 LATENT_NAMES = {"sample", "hidden_states", "x", "latent", "latents", "noisy_latents", "x_t", "z"}
-TIMESTEP_NAMES = {"timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level", "noise"}
+TIMESTEP_NAMES = {
+    "timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level", "noise",
+    "log_snr", "logsnr", "lambda_t",
+}  # fmt: skip
 
 
 def infer_roles(

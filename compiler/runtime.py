@@ -140,6 +140,13 @@ class Session:
             memory.entries.clear()
         self.reset()
 
+    def under(self, spec: ProgramSpec, suffix: str, steps: Counter[str]) -> Session:
+        """The same parts for a spec that names them without `suffix`; it counts into `steps`."""
+        runs = {part.name: self._runs[f"{part.name}{suffix}"] for part in spec.parts}
+        found = Session(spec, runs, self.arrays)
+        found.steps = steps
+        return found
+
     def _environment(self, index: int | None, values: Mapping[str, Any]) -> dict[str, Any]:
         """What a variant may read: the inputs, the step's number, values of the slower parts."""
         env = dict(values)

@@ -9,17 +9,26 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from effuse.errors import CalibrationError, ConfigError
-
-Schedule = tuple[int, ...]
-Array = npt.NDArray[np.float64]
+from effuse.schedule_search import (
+    Array,
+    Problem,
+    Schedule,
+    basis,
+    bounded,
+    cheapest,
+    check_distinct,
+    check_order,
+    feasible,
+    signed_power,
+    square_matrix,
+    whole_number,
+)
 
 FASTER_DIFFUSION_STEPS = 50
 FASTER_DIFFUSION_KEYS = (
@@ -33,7 +42,6 @@ FASTER_DIFFUSION_KEYS = (
     25,
     35,
 )  # of 50 steps; Faster Diffusion, utils_sd.py
-HIGHEST_ORDER = 2  # the search keeps order + 1 refreshes as state
 
 
 # ---- schedules by rule ---------------------------------------------------------------------------
@@ -50,9 +58,9 @@ def uniform(steps: int, interval: int, warmup: int = 1) -> Schedule:
     Raises:
         ConfigError: an argument is not a whole number in its range.
     """
-    _whole("steps", steps, 1)
-    _whole("interval", interval, 1)
-    _whole("warmup", warmup, 1, steps)
+    whole_number("steps", steps, 1)
+    whole_number("interval", interval, 1)
+    whole_number("warmup", warmup, 1, steps)
     return (*range(warmup - 1), *range(warmup - 1, steps, interval))
 
 
@@ -76,12 +84,12 @@ def nonuniform(
     Raises:
         ConfigError: an argument is out of range, or no power above 1 keeps `count` steps apart.
     """
-    _whole("steps", steps, 1)
-    _whole("count", count, 1, steps)
-    _whole("center", center, 0, steps - 1)
+    whole_number("steps", steps, 1)
+    whole_number("count", count, 1, steps)
+    whole_number("center", center, 0, steps - 1)
     if not 1 < power <= 10:
         raise ConfigError(f"power={power!r}: expected a number above 1, at most 10, such as 1.4")
-    raised = operator.pow if released else _signed_power
+    raised = operator.pow if released else signed_power
     exponent = power
     while exponent > 1:
         first, last = (raised(end, 1 / exponent) for end in (-center, steps - center))
@@ -103,8 +111,8 @@ def explicit(steps: int, keys: Iterable[int]) -> Schedule:
     Raises:
         ConfigError: a key is no whole number, outside 0..steps-1, or listed twice.
     """
-    _whole("steps", steps, 1)
-    listed = [_whole("keys", key, 0, steps - 1) for key in keys]
+    whole_number("steps", steps, 1)
+    listed = [whole_number("keys", key, 0, steps - 1) for key in keys]
     twice = sorted({key for key in listed if listed.count(key) > 1})
     if twice:
         raise ConfigError(f"keys={listed}: expected each step once, but {twice} repeat; drop those")
@@ -120,7 +128,7 @@ def propagation_keys(steps: int) -> Schedule:
     Raises:
         ConfigError: `steps` is not a whole number above 0.
     """
-    _whole("steps", steps, 1)
+    whole_number("steps", steps, 1)
     return tuple(sorted({key * steps // FASTER_DIFFUSION_STEPS for key in FASTER_DIFFUSION_KEYS}))
 
 
@@ -136,7 +144,7 @@ def sources(keys: Sequence[int], step: int, order: int) -> Schedule:
     Raises:
         ConfigError: `order` is negative, or no refresh comes before `step`.
     """
-    _whole("order", order, 0)
+    whole_number("order", order, 0)
     before = sorted((key for key in keys if key < step), reverse=True)
     if not before:
         raise ConfigError(
@@ -159,13 +167,13 @@ def lagrange(clock: Sequence[float] | Array, sources: Sequence[int], at: int) ->
         ConfigError: there is no source, an index is outside the clock, or two sources share an x.
     """
     x = np.asarray(clock, dtype=np.float64)
-    _whole("at", at, 0, len(x) - 1)
+    whole_number("at", at, 0, len(x) - 1)
     for source in sources:
-        _whole("sources", source, 0, len(x) - 1)
+        whole_number("sources", source, 0, len(x) - 1)
     if not sources:
         raise ConfigError("sources=(): expected at least one refresh; step 0 always is")
-    _distinct("sources", x[list(sources)])
-    return tuple(float(weight) for weight in _basis(x, tuple(sources), at))
+    check_distinct("sources", x[list(sources)])
+    return tuple(float(weight) for weight in basis(x, tuple(sources), at))
 
 
 # ---- schedules fitted to measured features -------------------------------------------------------
@@ -199,12 +207,12 @@ def fitted(
         ConfigError: an argument is out of range, or `longest` leaves no such schedule.
         CalibrationError: `gram` is not a finite symmetric matrix.
     """
-    problem = _Problem(gram, weights, clock)
-    _whole("warmup", warmup, 1, problem.steps)
-    _whole("count", count, warmup, problem.steps)
-    longest = _whole("longest", problem.steps if longest is None else longest, 1)
+    problem = Problem(gram, weights, clock)
+    whole_number("warmup", warmup, 1, problem.steps)
+    whole_number("count", count, warmup, problem.steps)
+    longest = whole_number("longest", problem.steps if longest is None else longest, 1)
     found = problem.search(order, warmup, longest)
-    return _feasible(found, count, warmup, problem.steps, (1, longest))
+    return feasible(found, count, warmup, problem.steps, (1, longest))
 
 
 def fitted_to(
@@ -226,11 +234,11 @@ def fitted_to(
         ConfigError: an argument is out of range.
         CalibrationError: `gram` is not a finite symmetric matrix.
     """
-    problem = _Problem(gram, weights, clock)
+    problem = Problem(gram, weights, clock)
     if not 0 <= error < math.inf:
         raise ConfigError(f"error={error!r}: expected a relative error of 0 or more, such as 0.05")
-    _whole("warmup", warmup, 1, problem.steps)
-    longest = _whole("longest", problem.steps if longest is None else longest, 1)
+    whole_number("warmup", warmup, 1, problem.steps)
+    longest = whole_number("longest", problem.steps if longest is None else longest, 1)
     allowed = error**2 * float(problem.weights @ problem.gram.diagonal())
     found = problem.search(order, warmup, longest)
     return next(keys for cost, keys in found if cost <= allowed)  # all steps full costs 0
@@ -251,8 +259,8 @@ def fitted_error(
         ConfigError: an argument is out of range.
         CalibrationError: `gram` is not a finite symmetric matrix.
     """
-    problem = _Problem(gram, weights, clock)
-    _order(order)
+    problem = Problem(gram, weights, clock)
+    check_order(order)
     full = explicit(problem.steps, keys)
     reused = sorted(set(range(problem.steps)) - set(full))
     return float(sum(problem.residuals(sources(full, step, order), step) for step in reused))
@@ -286,7 +294,7 @@ def group_bounds(interval: int) -> tuple[int, int]:
     Raises:
         ConfigError: `interval` is not a whole number above 0.
     """
-    _whole("interval", interval, 1)
+    whole_number("interval", interval, 1)
     return -(-interval // 2), 2 * interval
 
 
@@ -303,213 +311,12 @@ def fitted_groups(
         ConfigError: an argument is out of range, or `bounds` leave no such grouping.
         CalibrationError: `costs` is not a finite square matrix.
     """
-    matrix = _square("costs", costs)
+    matrix = square_matrix("costs", costs)
     steps = len(matrix)
-    _whole("count", count, 1, steps)
+    whole_number("count", count, 1, steps)
     low, high = bounds or (1, steps)
-    _whole("bounds", low, 1)
-    _whole("bounds", high, low)
+    whole_number("bounds", low, 1)
+    whole_number("bounds", high, low)
     table = [matrix[:n, n - 1].copy() if n else matrix[:0, 0] for n in range(steps + 1)]
-    found = _search(lambda _: _bounded(table, low, high), steps, 1, 1)
-    return _feasible(found, count, 1, steps, (low, high))
-
-
-# ---- dynamic programming -------------------------------------------------------------------------
-#
-# A table holds, for each n, the costs of the group that the next refresh n (or the end) closes:
-# table[n][a, b, ...] with the refreshes a > b > ... before n, latest first. Entries of other orders
-# are arbitrary; the states that would reach them cost infinity.
-
-Table = list[Array]
-
-
-class _Problem:
-    """Checked Gram matrix, weights and clock: what a forecast from given refreshes costs."""
-
-    def __init__(
-        self, gram: npt.ArrayLike, weights: npt.ArrayLike | None, clock: npt.ArrayLike | None
-    ) -> None:
-        self.gram = _square("gram", gram)
-        self.steps = len(self.gram)
-        if not np.allclose(self.gram, self.gram.T, atol=1e-6 * float(np.abs(self.gram).max())):
-            raise CalibrationError(
-                "gram: expected a symmetric matrix of inner products; compute it as F @ F.T"
-            )
-        self.weights = _vector("weights", weights, np.ones(self.steps))
-        if (self.weights < 0).any():
-            raise ConfigError(f"weights: expected 0 or more, got {self.weights.min()}; clip them")
-        self.clock = _vector("clock", clock, np.arange(self.steps, dtype=np.float64))
-        _distinct("clock", self.clock)
-
-    def residuals(self, sources: tuple[Any, ...], step: int) -> Array:
-        """weights_step |F_step - forecast|^2; the sources are indices, or arrays that broadcast."""
-        forecast = [-weight for weight in _basis(self.clock, sources, step)]
-        terms = list(zip((1.0, *forecast), (step, *sources), strict=True))
-        square = sum(u * v * self.gram[i, j] for u, i in terms for v, j in terms)
-        cost: Array = self.weights[step] * np.maximum(square, 0.0)  # below 0 by rounding only
-        return cost
-
-    def table(self, width: int) -> Table:
-        """The costs of groups by their last `width` refreshes."""
-        table = [np.zeros((0,) * width)]
-        for step in range(self.steps):
-            grown = np.zeros((step + 1,) * width)  # a group of the refresh alone costs nothing
-            past = np.indices((step,) * width, sparse=True)
-            grown[(slice(step),) * width] = table[-1] + self.residuals(past, step)
-            table.append(grown)
-        return table
-
-    def search(self, order: int, warmup: int, longest: int) -> Iterator[tuple[float, Schedule]]:
-        """The best schedule of each count from `warmup` on."""
-        _order(order)
-        return _search(
-            lambda width: _bounded(self.table(width), 1, longest), self.steps, warmup, order + 1
-        )
-
-
-def _search(
-    tables: Callable[[int], Table], steps: int, warmup: int, depth: int
-) -> Iterator[tuple[float, Schedule]]:
-    """Least cost and its schedule for each count from `warmup` to `steps`.
-
-    The state is the last `depth` refreshes: best[a, b, ...] is the least cost of the steps before a
-    over all schedules whose last refreshes are a, b, ...
-    """
-    width = min(warmup, depth)
-    best = np.full((steps,) * width, np.inf)
-    best[tuple(range(warmup - 1, warmup - 1 - width, -1))] = 0.0
-    table = tables(width)
-    parents: list[npt.NDArray[np.int32]] = []
-    for count in range(warmup, steps + 1):
-        yield _backtrack(best + table[steps], parents, warmup)
-        if count == steps:
-            return
-        if width < depth:
-            best, width = _widen(best, table), width + 1
-            table = tables(width)
-        else:
-            best, parent = _shift(best, table)
-            parents.append(parent)
-
-
-def _widen(best: Array, table: Table) -> Array:
-    """One refresh more, while the state still holds all of them."""
-    steps, width = len(best), best.ndim
-    wider = np.full((steps,) * (width + 1), np.inf)
-    for n in range(1, steps):
-        past = (slice(n),) * width
-        wider[n][past] = best[past] + table[n]
-    return wider
-
-
-def _shift(best: Array, table: Table) -> tuple[Array, npt.NDArray[np.int32]]:
-    """One refresh more, and the oldest that each state forgets, by its least cost."""
-    shifted = np.full(best.shape, np.inf)
-    parent = np.zeros(best.shape, dtype=np.int32)
-    for n in range(1, len(best)):
-        past = (slice(n),) * best.ndim
-        total = best[past] + table[n]
-        parent[n, ...][past[1:]] = total.argmin(axis=-1)
-        shifted[n, ...][past[1:]] = total.min(axis=-1)
-    return shifted, parent
-
-
-def _backtrack(
-    total: Array, parents: list[npt.NDArray[np.int32]], warmup: int
-) -> tuple[float, Schedule]:
-    """The least of the final costs (infinity: there is none) and the refreshes that lead to it."""
-    keys = [int(key) for key in np.unravel_index(total.argmin(), total.shape)]  # latest first
-    for parent in reversed(parents):
-        keys.append(int(parent[tuple(keys[-total.ndim :])]))
-    return float(total.min()), tuple(sorted({*range(warmup), *keys}))
-
-
-def _bounded(table: Table, shortest: int, longest: int) -> Table:
-    """The table with infinite costs for groups of lengths outside the bounds."""
-    for n, costs in enumerate(table):
-        length = n - np.arange(n)
-        costs[(length < shortest) | (length > longest)] = np.inf
-    return table
-
-
-def _feasible(
-    found: Iterator[tuple[float, Schedule]],
-    count: int,
-    warmup: int,
-    steps: int,
-    bounds: tuple[int, int],
-) -> Schedule:
-    """The schedule of `count`, unless its cost says that there is none."""
-    cost, keys = next(islice(found, count - warmup, None))
-    if math.isinf(cost):
-        raise ConfigError(
-            f"count={count}: expected groups of {bounds[0]} to {bounds[1]} steps, which {count} "
-            f"full steps of {steps}, the first {warmup} among them, cannot make; "
-            "change the count or widen the groups"
-        )
-    return keys
-
-
-# ---- polynomials and checks ----------------------------------------------------------------------
-
-
-def _basis(clock: Array, sources: tuple[Any, ...], at: int) -> list[Any]:
-    """Lagrange's basis at clock[at]; the sources are indices, or arrays that broadcast."""
-    points = [clock[source] for source in sources]
-    weights: list[Any] = []
-    for j, point in enumerate(points):
-        weight: Any = 1.0
-        for other in points[:j] + points[j + 1 :]:
-            gap = point - other
-            weight = weight * (clock[at] - other) / np.where(gap == 0, 1.0, gap)  # 0: see Table
-        weights.append(weight)
-    return weights
-
-
-def _signed_power(base: Any, exponent: float) -> Any:
-    return np.sign(base) * np.abs(base) ** exponent
-
-
-def _whole(name: str, value: Any, low: int, high: int | None = None) -> int:
-    """`value` as an int, if it is one in low..high."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = low - 1
-    if isinstance(value, bool) or number < low or (high is not None and number > high):
-        span = f"from {low} to {high}" if high is not None else f"of at least {low}"
-        raise ConfigError(f"{name}={value!r}: expected a whole number {span}; give one of those")
-    return number
-
-
-def _order(order: int) -> int:
-    return _whole("order", order, 0, HIGHEST_ORDER)
-
-
-def _square(name: str, matrix: npt.ArrayLike) -> Array:
-    array = np.asarray(matrix, dtype=np.float64)
-    shape = array.shape
-    if len(shape) != 2 or shape[0] != shape[1] or not array.size or not np.isfinite(array).all():
-        raise CalibrationError(
-            f"{name} of shape {shape}: expected finite numbers of shape (steps, steps); "
-            "record the features again"
-        )
-    return array
-
-
-def _vector(name: str, values: npt.ArrayLike | None, default: Array) -> Array:
-    array = default if values is None else np.asarray(values, dtype=np.float64)
-    if array.shape != default.shape or not np.isfinite(array).all():
-        raise ConfigError(
-            f"{name} of shape {array.shape}: expected {len(default)} finite numbers, "
-            f"one per step; leave {name} out for the default"
-        )
-    return array
-
-
-def _distinct(name: str, points: Array) -> None:
-    if len(np.unique(points)) < len(points):
-        raise ConfigError(
-            f"{name}: expected distinct places on the clock, but some repeat in {points.tolist()}; "
-            "use the step's index as the clock"
-        )
+    found = cheapest(lambda _: bounded(table, low, high), steps, 1, 1)
+    return feasible(found, count, 1, steps, (low, high))

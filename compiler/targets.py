@@ -49,7 +49,8 @@ GPUS = {
     )
 }
 TENSORRT = ("tensorrt-10", "tensorrt-11", "tensorrt-10-fp16", "tensorrt-11-fp16")
-TARGETS = (*DEVICES, *GPUS, *TENSORRT)
+OPENVINO = ("openvino-bf16",)  # without a target it computes in float32
+TARGETS = (*DEVICES, *GPUS, *TENSORRT, *OPENVINO)
 
 
 def check_target(name: str) -> None:
@@ -94,6 +95,8 @@ def check_backend(target: str | None, backend: str) -> None:
     if device is not None and backend == "tensorrt":
         known = [*TENSORRT, *GPUS]
         raise ConfigError(f"target: {target!r} is not one of backend='tensorrt', which has {known}")
+    if target in OPENVINO and backend != "openvino":
+        raise ConfigError(f"target: {target!r} is for OpenVINO; set backend='openvino'")
     if target in GPUS and backend not in ("triton", "tensorrt", "auto"):
         raise ConfigError(
             f"target: {target!r} is a GPU, which backend={backend!r} does not build for; set "

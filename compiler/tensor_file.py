@@ -1,4 +1,4 @@
-"""Read safetensors files with numpy alone: the header is checked whole before a number is read.
+"""Read and write safetensors with numpy alone: a header is checked whole before a number is read.
 
 A file is the header's size (8 bytes, little-endian), the header (JSON: by name a dtype, a shape and
 the range of bytes in the data), and the data, which the ranges cover without a hole or an overlap.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,8 +17,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from effuse.errors import InputError
+from effuse.resume import Journal, room_for
 
 HEADER_BYTES = 100 * 2**20  # the format's own limit
+ALIGNMENT = 64  # bytes; the data start at a multiple of it
 
 FLOATS = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
 INTEGERS = {"I8": "<i1", "U8": "<u1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4",
@@ -75,6 +77,69 @@ def read_tensor(file: BinaryIO, entry: Entry) -> np.ndarray[Any, Any]:
     if entry.dtype == "BF16":  # the upper half of a float32
         return (array.astype("<u4") << 16).view("<f4")
     return array
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor to be written: `size` bytes that `read` gives; what decides them, hashed, `key`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+    key: str
+    read: Callable[[], Any]
+
+
+def write_tensors(
+    path: Path, tensors: Sequence[Stored], journal: Journal | None = None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> dict[str, tuple[int, int]]:  # fmt: skip
+    """Write a safetensors file, one tensor at a time in the order given.
+
+    Returns each one's offset in the file, and its size in bytes. What the journal has stays.
+
+    Raises:
+        ArtifactError: the disk is full, or the file cannot be written.
+    """
+    head, places = _layout(tensors)
+    end = len(head) + sum(each.size for each in tensors)
+    again = journal is not None and path.exists()
+    with room_for(path, end), path.open("r+b" if again else "w+b") as file:
+        file.write(head)
+        for number, each in enumerate(tensors, start=1):
+            _put(file, each, places[each.name][0], journal)
+            progress("write weights", number, len(tensors))
+        file.truncate(end)
+    return places
+
+
+def _put(file: BinaryIO, each: Stored, offset: int, journal: Journal | None) -> None:
+    """One tensor, if it is not there already."""
+    if journal is not None and journal.holds(file, each.key, offset, each.size):
+        return
+    data = each.read()
+    file.seek(offset)
+    file.write(data)
+    file.flush()
+    if journal is not None:
+        journal.note(file, each.key, offset, data)
+
+
+def _layout(tensors: Sequence[Stored]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The file's begin, and each tensor's offset in it and size."""
+    header: dict[str, Any] = {}
+    position = 0
+    for each in tensors:
+        span = [position, position + each.size]
+        header[each.name] = {"dtype": each.dtype, "shape": list(each.shape), "data_offsets": span}
+        position += each.size
+    text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    start = 8 + len(text)
+    places = {name: start + value["data_offsets"][0] for name, value in header.items()}
+    sizes = {each.name: each.size for each in tensors}
+    return struct.pack("<Q", len(text)) + text, {n: (at, sizes[n]) for n, at in places.items()}
 
 
 def _header(path: Path, file: BinaryIO) -> TensorFile:

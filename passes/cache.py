@@ -3,6 +3,7 @@
 At full steps the network computes everything and fills slots; at the others a smaller variant
 reads them. What is cached is found in the graph's structure:
 
+- auto: deep where there are long skips, block elsewhere.
 - deep: what enters the n-th long skip from below (DeepCache); everything deeper is reused.
 - encoder: every long skip and the middle's output (Faster Diffusion); the decoder stays fresh.
 - unit: each innermost residual branch before its gate, gates fresh (FORA; A-SDM's units).
@@ -47,7 +48,7 @@ from effuse.program import Part, Program
 from effuse.structure import Structure, reused_share
 from effuse.weights import copied
 
-Mode = Literal["deep", "encoder", "block", "layer", "unit", "residual"]
+Mode = Literal["auto", "deep", "encoder", "block", "layer", "unit", "residual"]
 Named = Literal["uniform", "nonuniform", "propagation", "fitted"]
 CHOSEN = ("unit", "layer", "block")  # modes with places that include and exclude choose from
 
@@ -64,7 +65,7 @@ class Cache(Pass):
         schedule: which steps are full: `uniform`, `nonuniform` (DeepCache's 1:N around `center`),
             `propagation` (Faster Diffusion's key steps), `fitted` (the best for the calibration's
             features), or the steps themselves.
-        branch: of mode `deep`: which long skip, 0 the shallowest.
+        branch: of modes `deep` and `auto`: which long skip, 0 the shallowest.
         at: module paths whose outputs are cached instead of what `mode` finds.
         full_steps: of `fitted`: how many steps are full; None: as many as uniform has.
         error: of `fitted`: the relative error of the features to stay under; sets full_steps.
@@ -90,7 +91,7 @@ class Cache(Pass):
     interval: int = 3
     order: int = 1
     warmup: int = 4
-    mode: Mode = "deep"
+    mode: Mode = "auto"
     schedule: Named | tuple[int, ...] = "uniform"
     branch: int = 0
     at: tuple[str, ...] = ()

@@ -24,10 +24,11 @@ from effuse.log import Log
 from effuse.passes.base import Pass, Work
 from effuse.program import Part, Program, prune_weights
 from effuse.rates import random
-from effuse.weights import WeightStore, copied
+from effuse.weights import WeightStore, copied, derive
 
 aten = torch.ops.aten
 
+ROW = ".row"  # in the name of a one-dimensional convolution's weight as an image's
 FOLD_LIMIT = 1 << 16  # elements: a folded constant may be this large, or as large as its inputs
 
 DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default,
@@ -68,6 +69,7 @@ def canonical(part: Part, weights: WeightStore, log: Log) -> Part:
     """A canonical copy of a part."""
     graph, _ = clone(part.graph)
     views(graph, log)
+    images_of_rows(graph, weights, log)
     for node in calls(graph):
         for name, replacement in SIMPLIFICATIONS:
             new = replacement(node)
@@ -88,6 +90,43 @@ def views(graph: fx.Graph, log: Log) -> None:
     for node in calls(graph, aten.view.default, aten._unsafe_view.default):
         if log.spend("view"):
             node.target = aten.reshape.default
+
+
+def images_of_rows(graph: fx.Graph, weights: WeightStore, log: Log) -> None:
+    """conv1d -> conv2d of an image of one row, as torch itself computes it.
+
+    Every later pass, and the kernels of the back ends, know the two-dimensional one. What one row
+    of images is concatenated of is one row each.
+    """
+    for node in calls(graph, aten.conv1d.default):
+        weight: Any = node.args[1]
+        if isinstance(weight, fx.Node) and weight.op == "get_attr" and log.spend("conv1d"):
+            with graph.inserting_before(node):
+                substitute(node, _image(graph, node, weights))
+
+
+def _image(graph: fx.Graph, node: fx.Node, weights: WeightStore) -> fx.Node:
+    x, weight, bias, *rest = (*node.args, None)[: max(3, len(node.args))]
+    name = f"{weight.target}{ROW}"  # type: ignore[union-attr]
+    fresh = derive(weights, [str(weight.target)], _as_row, "row")  # type: ignore[union-attr]
+    stored = emit_weight(graph, weights, name, weights.get(name, fresh))
+    options = [[first, *each] if isinstance(each, list) else each
+               for each, first in zip(rest, (1, 0, 1), strict=False)]  # fmt: skip
+    options += rest[3:]
+    made = emit(graph, aten.conv2d.default, _row(graph, x), stored, bias, *options, like=node)
+    found: fx.Node = emit(graph, aten.squeeze.dim, made, -2, like=node)
+    return found
+
+
+def _as_row(weight: torch.Tensor) -> torch.Tensor:
+    return weight.unsqueeze(-2)
+
+
+def _row(graph: fx.Graph, x: Any) -> Any:
+    """x as an image of one row."""
+    if x.target is aten.cat.default and x.args[1:] == (1,) and len(x.users) == 1:
+        return emit(graph, aten.cat.default, [_row(graph, each) for each in x.args[0]], 1, like=x)
+    return emit(graph, aten.unsqueeze.default, x, -2, like=x)
 
 
 def identity(node: fx.Node) -> Any:

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from effuse.graph import (
+    cast,
     clone,
     drop_unused_inputs,
     eliminate,
@@ -142,14 +143,6 @@ def forecast(
     ]
     total = reduce(lambda sum, term: emit(graph, aten.add.Tensor, sum, term, like=like), terms)
     return cast(total, given, like)
-
-
-def cast(node: fx.Node, dtype: torch.dtype, like: fx.Node) -> fx.Node:
-    """The value in this dtype."""
-    if value_of(node).dtype == dtype:
-        return node
-    converted: fx.Node = emit(node.graph, aten.to.dtype, node, dtype, like=like)
-    return converted
 
 
 def sizes_from_inputs(graph: fx.Graph) -> None:

@@ -41,7 +41,7 @@ from effuse.passes.resume import Store, key_of
 from effuse.passes.rounded import hessians_by_chunk, weight_name
 from effuse.plan import Rate
 from effuse.program import Part, Program, prune_weights
-from effuse.weights import WeightStore, copied
+from effuse.weights import WeightStore, copied, derive
 
 aten = torch.ops.aten
 
@@ -252,10 +252,12 @@ def _write(
     """One layer as the remainder, plus the branch."""
     x, weight, *rest = site.args
     name = str(weight.target)  # type: ignore[union-attr]
-    whole = weights[name]
-    remainder = _remainder(whole.flatten(1), branch)
+    halves_of = (f"{name}.branch.up", f"{name}.branch.down")
+    for each, factor in zip(halves_of, (branch.up, branch.down), strict=True):
+        weights[each] = factor
+    remainder = derive(weights, [name, *halves_of], _remainder, "low-rank remainder")
     with graph.inserting_before(site):
-        less = emit_weight(graph, weights, f"{name}.rest", remainder.reshape(whole.shape))
+        less = emit_weight(graph, weights, f"{name}.rest", remainder)
         new = emit(graph, site.target, x, less, *rest, like=site)
         key: Any = (x, branch.key)
         if key not in halves:
@@ -265,11 +267,12 @@ def _write(
     substitute(site, both)
 
 
-def _remainder(rows: Tensor, branch: Branch) -> Tensor:
+def _remainder(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """W - U D, rounded once; by blocks, since float64 of a whole weight is large."""
-    down = branch.down.double()
-    blocks = zip(torch.split(rows, ROWS), torch.split(branch.up, ROWS), strict=True)
-    return torch.cat([(each.double() - up.double() @ down).to(rows) for each, up in blocks])
+    rows, down = weight.flatten(1), down.double()
+    blocks = zip(torch.split(rows, ROWS), torch.split(up, ROWS), strict=True)
+    found = torch.cat([(each.double() - up.double() @ down).to(rows) for each, up in blocks])
+    return found.reshape(weight.shape)
 
 
 def summary(

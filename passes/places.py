@@ -59,6 +59,10 @@ def _deep(options: Choice, full: Part, program: Program) -> list[Target]:
             for skip in skips[options.branch : options.branch + 1]]  # fmt: skip
 
 
+def _auto(options: Choice, full: Part, program: Program) -> list[Target]:
+    return _deep(options, full, program) or _block(options, full, program)
+
+
 def _place(join: fx.Node, branch: int) -> str:
     return f"long skip {branch}, {join.name}"
 
@@ -94,6 +98,7 @@ def _residual(options: Choice, full: Part, program: Program) -> list[Target]:
 
 
 MODE_TARGETS = {
+    "auto": _auto,
     "deep": _deep,
     "encoder": _encoder,
     "unit": _unit,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +12,12 @@ from torch import fx
 
 from effuse.graph import emit, emit_weight, value_of
 from effuse.kernels import dynamic as dynamic  # registers the ops
-from effuse.kernels.low_bit import pack_weight
+from effuse.kernels.low_bit import Packed, pack_weight
 from effuse.kernels.packing import pack
-from effuse.kernels.quantizers import find_scale, to_codes
+from effuse.kernels.quantizers import Quantizer, find_scale, to_codes
 from effuse.passes.activation_scales import Ranges, Scale, Scales
 from effuse.passes.quantize_sites import Recipe
-from effuse.weights import WeightStore
+from effuse.weights import WeightStore, derive_parts
 
 aten, ops = torch.ops.aten, torch.ops.effuse
 
@@ -35,8 +36,34 @@ class Rounded:
 
 def plain(weight: torch.Tensor, how: Recipe) -> Rounded:
     """The weight as it is, with the scales of its least and greatest values."""
+    return nearest(weight, how.weight)
+
+
+def nearest(weight: torch.Tensor, how: Quantizer) -> Rounded:
+    """The weight as it is, with the scales of its least and greatest values."""
     rows = weight.float().flatten(1)
-    return Rounded(rows, *find_scale(rows, how.weight))
+    return Rounded(rows, *find_scale(rows, how))
+
+
+def packed_rows(weight: torch.Tensor, how: Quantizer) -> Packed:
+    """A weight as it is, packed."""
+    chosen = nearest(weight, how)
+    return pack_weight(chosen.values, how, chosen.scale, chosen.zero)
+
+
+def channel_codes(weight: torch.Tensor, how: Quantizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight as it is as stored codes, and a scale for each channel."""
+    return stored_codes(narrowed(nearest(weight, how)), how, weight.shape)
+
+
+def stored_codes(
+    chosen: Rounded, how: Quantizer, shape: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes, int8 in the weight's shape or fewer bits packed, and a scale for each channel."""
+    steps = to_codes(chosen.values, chosen.scale, None, how)
+    bits = how.grid.bits
+    codes = steps.reshape(shape) if bits == 8 else pack(steps, bits)
+    return codes, chosen.scale[:, 0].contiguous()
 
 
 def narrowed(chosen: Rounded) -> Rounded:
@@ -105,7 +132,7 @@ class Writer:
     def _integer(self, site: fx.Node, how: Recipe) -> fx.Node:
         x, step = self._activation(site.args[0], how)  # type: ignore[arg-type]
         codes, scale, numbers = self._codes(site, how, self._least_scale(site, step.numbers))
-        real = self._real_of_codes(site, codes, scale, len(numbers))
+        real = self._real_of_codes(site, codes, scale)
         bias = self._integer_bias(site, how, step.numbers, numbers)
         new = self._emit(site, site.target, x, real, bias, *site.args[3:])
         if site.target is aten.linear.default:
@@ -120,51 +147,54 @@ class Writer:
     def _real(self, site: fx.Node, how: Recipe) -> fx.Node:
         """The quantized weight in float."""
         if how.integer_weight:
-            codes, scale, numbers = self._codes(site, how)
-            return self._real_of_codes(site, codes, scale, len(numbers))
-        name, weight = self._weight_of(site)
-        chosen = self.rounded.get(name) or plain(weight, how)
-        packed = pack_weight(chosen.values, how.weight, chosen.scale, chosen.zero)
+            codes, scale, _ = self._codes(site, how)
+            return self._real_of_codes(site, codes, scale)
+        name, shape = weight_of(site)
         stored = [
             None if tensor is None else self._weight(f"{name}.{how.weight}.{part}", tensor)
-            for part, tensor in packed._asdict().items()
+            for part, tensor in zip(Packed._fields, self._packed(name, how.weight), strict=True)
         ]
-        node = self._emit(
-            site, ops.unpack.default, *stored, str(how.weight), list(weight.shape)
-        )  # fmt: skip
+        node = self._emit(site, ops.unpack.default, *stored, str(how.weight), shape)
         return self._cast(site, node, site)
 
-    def _real_of_codes(self, site: fx.Node, codes: fx.Node, scale: fx.Node, rows: int) -> fx.Node:
+    def _packed(self, name: str, how: Quantizer) -> tuple[torch.Tensor | None, ...]:
+        if chosen := self.rounded.get(name):
+            return pack_weight(chosen.values, how, chosen.scale, chosen.zero)
+        make = partial(packed_rows, how=how)
+        return derive_parts(self.weights, [name], make, f"packed {how}")
+
+    def _real_of_codes(self, site: fx.Node, codes: fx.Node, scale: fx.Node) -> fx.Node:
+        rows = weight_of(site)[1][0]
         zeros = self._weight(f"zeros.int8.{rows}", torch.zeros(rows, dtype=torch.int8))
         return self._dequantized(site, codes, scale, zeros)
 
     def _codes(
         self, site: fx.Node, how: Recipe, least: torch.Tensor | None = None
     ) -> tuple[fx.Node, fx.Node, torch.Tensor]:
-        """A weight's int8 codes and its scale, as nodes, and the scale as numbers (out,)."""
-        name, weight = self._weight_of(site)
-        chosen = narrowed(self.rounded.get(name) or plain(weight, how))
-        if least is not None and (least > chosen.scale[:, 0]).any():
-            scale = torch.maximum(chosen.scale, least[:, None])
-            chosen = Rounded(weight.float().flatten(1), scale)
-            name = f"{name}.{self.ranges.part}.{site.name}"  # another layer may share the weight
-        steps = to_codes(chosen.values, chosen.scale, None, how.weight)
-        numbers = chosen.scale[:, 0].contiguous()
+        """A weight's stored codes and its scale, as nodes, and the scale as numbers (out,)."""
+        name, shape = weight_of(site)
+        chosen = self.rounded.get(name)
+        if chosen is None and least is None:
+            make = partial(channel_codes, how=how.weight)
+            codes, numbers = derive_parts(self.weights, [name], make, f"codes {how.weight}")
+        else:
+            chosen = narrowed(chosen or plain(self.weights[name], how))
+            if least is not None and (least > chosen.scale[:, 0]).any():
+                scale = torch.maximum(chosen.scale, least[:, None])
+                chosen = Rounded(self.weights[name].float().flatten(1), scale)
+                name = f"{name}.{self.ranges.part}.{site.name}"  # another may share the weight
+            codes, numbers = stored_codes(chosen, how.weight, shape)
         kind = "" if how.weight.grid.bits == 8 else f"{how.weight.grid}."
-        codes = self._stored_codes(site, name, steps, how)
-        return codes, self._weight(f"{name}.{kind}scale", numbers), numbers
+        node = self._widened(site, name, codes, how)
+        return node, self._weight(f"{name}.{kind}scale", numbers), numbers
 
-    def _stored_codes(self, site: fx.Node, name: str, steps: torch.Tensor, how: Recipe) -> fx.Node:
-        """int8 as it is; fewer bits packed, and widened in the graph."""
-        shape, bits = list(self._weight_of(site)[1].shape), how.weight.grid.bits
+    def _widened(self, site: fx.Node, name: str, codes: torch.Tensor, how: Recipe) -> fx.Node:
+        """int8 as it is; fewer bits are packed, and widened in the graph."""
+        bits = how.weight.grid.bits
         if bits == 8:
-            return self._weight(f"{name}.int8", steps.reshape(shape))
-        packed = self._weight(f"{name}.{how.weight.grid}", pack(steps, bits))
-        return self._emit(site, ops.widen.default, packed, bits, shape)
-
-    def _weight_of(self, site: fx.Node) -> tuple[str, torch.Tensor]:
-        name = str(site.args[1].target)  # type: ignore[union-attr]
-        return name, self.weights[name]
+            return self._weight(f"{name}.int8", codes)
+        packed = self._weight(f"{name}.{how.weight.grid}", codes)
+        return self._emit(site, ops.widen.default, packed, bits, weight_of(site)[1])
 
     # ---- activations -----------------------------------------------------------------------------
 
@@ -295,6 +325,12 @@ class _Behind:
     def __exit__(self, *error: Any) -> None:
         self._place.__exit__(*error)
         self._graph.erase_node(self._anchor)
+
+
+def weight_of(site: fx.Node) -> tuple[str, list[int]]:
+    """The name of a layer's weight, and its shape."""
+    node: Any = site.args[1]
+    return str(node.target), list(value_of(node).shape)
 
 
 def _arguments(site: fx.Node) -> list[Any]:

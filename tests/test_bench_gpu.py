@@ -108,11 +108,11 @@ def test_what_fails_does_not_stop_the_others(module):
 
 def test_cases_end_with_the_time(module):
     time = module("gpu_time")
-    bench = time.Bench(CPU, end=time.time.perf_counter() + 0.05)
+    bench = time.Bench(CPU)
     seen = []
     for _ in bench.within("abc", "letters"):
         seen.append(1)
-        time.time.sleep(0.04)
+        bench.end = 0.0
     assert len(seen) == 1 and bench.notes == ["letters: no time was left for b, c"]
 
 

@@ -607,6 +607,12 @@ def test_a_network_without_a_schedule_is_refused():
         run_passes(found, (Cache(),))
 
 
+@pytest.mark.parametrize("name", ["hand", "dit", "flux"])
+def test_auto_is_deep_where_there_are_long_skips_and_block_elsewhere(name):
+    mode = "deep" if name in UNETS else "block"
+    assert text(cached(name)) == text(cached(name, mode=mode))
+
+
 def test_a_mode_without_places_names_the_others():
     with pytest.raises(PassError) as caught:
         cached("dit", mode="deep")

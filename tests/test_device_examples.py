@@ -1,4 +1,4 @@
-"""The scripts of examples/devices: DDIM in numpy as diffusers computes it, and no torch."""
+"""The scripts of examples/devices: pictures as diffusers' DDIM makes them, without torch."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "examples" / "devices"
 TARGETS = {"cpu": "cpu", "xnnpack": "xnnpack"}
 WITHOUT_TORCH = """
 import runpy, sys
-sys.modules["torch"] = None  # importing it fails
+sys.modules["torch"] = sys.modules["diffusers"] = None  # importing them fails
 sys.path.insert(0, sys.argv[1])
 script, sys.argv = sys.argv[2], sys.argv[2:]
 runpy.run_path(script, run_name="__main__")

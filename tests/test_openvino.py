@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -85,11 +86,7 @@ def agreement(one, other):
 
 def runtime(result, name="full"):
     """OpenVINO's compiled model of a part, as a session compiles it."""
-    groups = openvino_run.read_groups(result.folder)
-    settings = {
-        **openvino_run.SETTINGS,
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": groups.get(name, 0),
-    }
+    settings = openvino_run.read_settings(result.folder).of(name)
     path = result.folder / f"{name}.onnx"
     return openvino_run.compile_part(openvino.Core(), path, settings)
 
@@ -135,6 +132,34 @@ def test_eight_bit_layers_run_in_integer_kernels_and_equal_reference(net, eight)
     assert set(eight.manifest["native"].values()) == {"native"}
 
 
+class Tokens(nn.Module):
+    """A sum over tokens between two 1×1 convolutions, as in a UNet's attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter = nn.Conv2d(3, 32, 3, padding=1)
+        self.into, self.out = nn.Conv2d(32, 32, 1), nn.Conv2d(32, 3, 1)
+        self.mix = nn.Linear(32, 32)
+
+    def forward(self, sample, timestep):
+        h = self.enter(sample) + timestep.float().cos()[:, None, None, None]
+        tokens = self.into(h).permute(0, 2, 3, 1).reshape(len(sample), 64, 32)
+        tokens = tokens + self.mix(tokens)
+        return self.out(tokens.reshape(len(sample), 8, 8, 32).permute(0, 3, 1, 2))
+
+
+def test_roundings_stand_before_changes_of_layout():
+    torch.manual_seed(0)
+    tokens = Tokens().eval()
+    eight = compiled(tokens, Quantize("w8a8", **OPTIONS))
+    assert layers(eight) == {"Convolution": (3, 3), LINEAR: (1, 1)}
+    assert eight.manifest["parity"]["sqnr_db"] > 100
+    model = onnx.load(eight.folder / "full.onnx", load_external_data=False).graph
+    made = {node.output[0]: node.op_type for node in model.node}
+    rounded = {made.get(n.input[0]) for n in model.node if n.op_type == "QuantizeLinear"}
+    assert rounded and not rounded & {"Reshape", "Transpose"}
+
+
 @pytest.mark.parametrize("name, held", [(W4A16, "u4"), ("w8a16", "i8")])
 def test_weights_alone_stay_in_few_bits_beside_a_low_rank_branch(net, name, held):
     result = compiled(net, LowRank(rank=4), Quantize(name, **OPTIONS))
@@ -146,13 +171,23 @@ def test_weights_alone_stay_in_few_bits_beside_a_low_rank_branch(net, name, held
 
 def test_four_bit_weights_with_activations_rounded_as_they_come(net):
     result = compiled(net, Quantize(W4A8, **OPTIONS))
-    assert openvino_run.read_groups(result.folder) == {"full": 32}
+    assert openvino_run.read_settings(result.folder).groups == {"full": 32}
     assert layers(result)["Convolution"] == (2, 2)
     assert result.manifest["parity"]["sqnr_db"] > 100
     path = result.folder / "full.onnx"
-    plain = openvino_run.compile_part(openvino.Core(), path, openvino_run.SETTINGS)
+    plain = openvino_run.compile_part(openvino.Core(), path, openvino_run.Settings().of("full"))
     found = plain({"sample": noise(0).numpy(), "step_index": np.array([0])})[0]
     assert sqnr_db(result(noise(0), at(0)).numpy(), found) < 60  # in float, if not told so
+
+
+def test_wide_convolutions_on_four_bit_weights_run_in_integer_kernels():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1), nn.SiLU())
+    given = {"input": noise()}
+    settings = effuse.Config(passes=(Quantize(W4A8, **OPTIONS),), backend="openvino")
+    result = effuse.compile(net.eval(), settings, inputs=given, progress=False)
+    assert layers(result) == {"Convolution": (2, 2)}
+    assert result.manifest["parity"]["sqnr_db"] > 100
 
 
 @pytest.mark.parametrize("name", ["int4/group32:int4/group32/dynamic", "fp8"])
@@ -265,6 +300,17 @@ def test_results_stay_when_the_next_step_has_run(saved):
     assert torch.equal(one, before)
 
 
+def test_floats_in_bfloat16_where_that_is_asked_for(net):
+    narrow = compiled(net, Quantize("w8a8", **OPTIONS), target="openvino-bf16")
+    asked = {"INFERENCE_PRECISION_HINT": "bf16"}.items()
+    assert asked <= openvino_run.read_settings(narrow.folder).of("full").items()
+    assert layers(narrow)["Convolution"] == (2, 2)
+    if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        assert 27 < narrow.manifest["parity"]["sqnr_db"] < 70
+    with pytest.raises(ConfigError, match="backend='openvino'"):
+        effuse.Config(passes=(), backend="onnx", target="openvino-bf16")
+
+
 def test_what_does_not_fit_is_named(saved, tmp_path):
     with pytest.raises(InputError, match="sample"):
         saved[0](noise(batch=3), torch.tensor([45] * 3))
@@ -276,7 +322,10 @@ def test_a_part_that_this_openvino_cannot_read(saved, tmp_path):
     spec = saved[0].session.spec
     with pytest.raises(ArtifactError, match=r"openvino.json: missing"):
         openvino_run.open_session(spec, tmp_path)
-    (tmp_path / "openvino.json").write_text(json.dumps({}))
+    (tmp_path / "openvino.json").write_text(json.dumps({"precision": "u1", "groups": {}}))
+    with pytest.raises(ArtifactError, match=r"openvino.json: .*damaged"):
+        openvino_run.open_session(spec, tmp_path)
+    openvino_run.write_settings(tmp_path, openvino_run.Settings())
     (tmp_path / "full.onnx").write_bytes(b"no model")
     with pytest.raises(ArtifactError, match=r"full.onnx: OpenVINO .* pip install -U openvino"):
         openvino_run.open_session(spec, tmp_path)

@@ -22,9 +22,11 @@ from effuse.errors import BackendError, ConfigError
 from effuse.lint import lint
 from effuse.metrics import sqnr_db
 from effuse.pass_manager import run_passes
-from effuse.passes import Canonicalize, Hoist, LowRank, Quantize
+from effuse.passes import PRESETS, Canonicalize, Hoist, LowRank, Quantize
 from effuse.program import run_program
 from effuse.targets import TENSORRT
+
+pytestmark = pytest.mark.usefixtures("operators_once")
 
 logging.getLogger("torch.__trace").disabled = True  # pytest's log capture would pay for it
 
@@ -72,24 +74,46 @@ class Net(nn.Module):
         return self.leave(tokens.transpose(1, 2).reshape(h.shape))
 
 
+class Small(nn.Module):
+    """A long skip around a convolution and a linear layer; a timestep scales."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = nn.Conv2d(2, 64, 3, padding=1), nn.Conv2d(128, 2, 1)
+        self.middle, self.mix = nn.Conv2d(64, 64, 1), nn.Linear(64, 64)
+
+    def forward(self, sample, timestep):
+        skip = self.enter(sample) * (0.5 + timestep[:, None, None, None] / 90)
+        h = F.silu(self.middle(skip))
+        tokens = self.mix(h.flatten(2).transpose(1, 2))
+        return self.leave(torch.cat([tokens.transpose(1, 2).reshape(h.shape), skip], 1))
+
+
+def given():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "sample": torch.randn(2, 2, 4, 4, generator=generator),
+        "timestep": torch.tensor([50.0, 50.0]),
+    }
+
+
 @functools.cache
-def captured():
+def captured(network=Net):
     torch.manual_seed(0)
-    values = {"sample": torch.randn(2, 2, 4, 4), "timestep": torch.tensor([50.0, 50.0])}
-    return capture(Net().eval(), values, timesteps=TIMES)
+    return capture(network().eval(), given(), timesteps=TIMES)
 
 
-def rewritten(*passes):
+def rewritten(*passes, network=Net):
     def calibration(program):
         return calibrate(program, None, layer_values, groups=2, needs=needs_of(passes))
 
-    return run_passes(captured(), (Canonicalize(), Hoist(), *passes), calibration)
+    return run_passes(captured(network), (Canonicalize(), *passes), calibration)
 
 
 @pytest.fixture(scope="module", params=CASES)
 def built(request, tmp_path_factory):
     """A case's name, its program, the same as TensorRT computes it, and the folder of its files."""
-    program = rewritten(*CASES[request.param])
+    program = rewritten(Hoist(), *CASES[request.param])
     changed = tensorrt.adapt(program)
     folder = tmp_path_factory.mktemp("artifact")
     told = tensorrt.build(changed, folder)
@@ -175,7 +199,8 @@ def test_scales_by_step_become_one_that_covers_them_all():
     program = captured()
     changed = tensorrt.adapt(program)
     assert changed.records == program.records  # nothing to change in float
-    program = rewritten(Quantize("int8/channel:uint8/tensor/asymmetric/step", **OPTIONS))
+    how = "int8/channel:uint8/tensor/asymmetric/step"
+    program = rewritten(Hoist(), Quantize(how, **OPTIONS))
     rows = [t for n, t in program.weights.items() if n.startswith("range.") and ".scale" in n]
     zeros = [t for n, t in program.weights.items() if n.startswith("range.") and ".zero" in n]
     reach = [(torch.maximum(z.float(), 255 - z.float()) * s).max() / 127
@@ -205,9 +230,30 @@ def test_what_tensorrt_lacks_is_refused_with_the_way_out(format, options, told):
 
 def test_files_that_break_a_rule_are_refused_with_the_remedy(tmp_path):
     passes = (Canonicalize(), Quantize("int4/group32:none:int8/channel:none", **OPTIONS))
-    program = tensorrt.adapt(run_passes(captured(), passes, None))
+    program = tensorrt.adapt(run_passes(captured(Small), passes, None))
     with pytest.raises(BackendError, match=r"tensorrt-11 would not take .* blocks of 64 or 128"):
         tensorrt.build(program, tmp_path, target="tensorrt-11")
+
+
+REFUSED = {"w8a8-dynamic": "quantize with activations='static'"}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_both_versions_take_every_preset(preset, tmp_path):
+    program = rewritten(*PRESETS[preset], network=Small)
+    if preset in REFUSED:
+        with pytest.raises(BackendError, match=REFUSED[preset]):
+            tensorrt.adapt(program)
+        return
+    told = tensorrt.build(tensorrt.adapt(program), tmp_path)  # refuses what breaks a rule
+    assert set(told["lint"]) == set(tensorrt.VERSIONS)
+    models = sorted(tmp_path.glob("*.onnx"))
+    assert len(models) == len(program.parts)
+    for path in models:
+        onnx.checker.check_model(str(path), full_check=True)
+    names = {node.op_type for path in models for node in onnx.load(path).graph.node}
+    quantized = any(isinstance(each, Quantize) for each in PRESETS[preset])
+    assert ("DequantizeLinear" in names) == quantized
 
 
 def test_a_gpu_without_the_numbers_is_refused(tmp_path):
@@ -230,9 +276,9 @@ def test_two_builds_give_the_same_bytes(built, tmp_path):
 
 def test_an_artifact_without_a_gpu_is_read_and_says_what_is_missing(tmp_path):
     torch.manual_seed(0)
-    inputs = {"sample": torch.randn(2, 2, 4, 4), "timestep": torch.tensor([50.0, 50.0])}
+    inputs = given()
     config = effuse.Config(passes="w8a8", backend="tensorrt", target="tensorrt-10")
-    compiled = effuse.compile(Net().eval(), config, inputs=inputs, schedule=list(TIMES),
+    compiled = effuse.compile(Small().eval(), config, inputs=inputs, schedule=list(TIMES),
                               progress=False)  # fmt: skip
     assert compiled.manifest["parity"]["sqnr_db"] > 60
     assert "TensorRT" in compiled.manifest["absent"]

@@ -221,7 +221,7 @@ def test_a_gpu_without_the_format(monkeypatch):
 
 
 def test_open_sizes():
-    with pytest.raises(BackendError, match="batch is left open; compile once for each size"):
+    with pytest.raises(BackendError, match="batch is left open; list the sizes to build"):
         compiled(Hoist(), dynamic={"batch": (1, 4)})
 
 

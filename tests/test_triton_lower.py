@@ -19,7 +19,6 @@ from effuse.backends.triton_layout import laid_out, lies
 from effuse.backends.triton_linears import kernel_of
 from effuse.backends.triton_lower import lower
 from effuse.backends.triton_run import PartRun
-from effuse.build import parity_bound_db, worst_db
 from effuse.calibrate import calibrate, layer_values, needs_of
 from effuse.capture import capture
 from effuse.dump import dump
@@ -27,6 +26,7 @@ from effuse.graph import calls, recorded, value_of
 from effuse.kernels.launch import as_tuple, run_jit
 from effuse.kernels.quantize import dequantize, quantize
 from effuse.kernels.table import BY_TARGET, FUSED_OPS
+from effuse.parity import parity_bound_db, worst_db
 from effuse.pass_manager import run_passes
 from effuse.passes import (
     Cache,

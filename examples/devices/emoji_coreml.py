@@ -7,11 +7,10 @@ for the pod onnxruntime-objc; the plan in manifest.json says which of them runs 
 
 import sys
 
-from emoji_numpy import ddim, write_png
+from emoji_numpy import picture, write_png
 
 import effuse
 
 artifact, prompt, path = sys.argv[1:]
 net = effuse.load(artifact)
-*_, picture = ddim(net, prompt)  # one each step
-write_png(path, picture)
+write_png(path, picture(net, prompt))

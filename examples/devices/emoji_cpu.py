@@ -6,12 +6,11 @@ faster, and for small builds of ONNX Runtime: `effuse export emoji.effuse small.
 
 import sys
 
-from emoji_numpy import ddim, write_png
+from emoji_numpy import picture, write_png
 
 import effuse
 
 artifact, prompt, path = sys.argv[1:]
 net = effuse.load(artifact, threads=2)
-*_, picture = ddim(net, prompt)  # one each step
-write_png(path, picture)
+write_png(path, picture(net, prompt))
 print(f"wrote {path}; ran {dict(net.session.steps)}")

@@ -6,7 +6,7 @@ convolutions have no CUDA kernels in ONNX Runtime. Needs numpy and `pip install 
 
 import sys
 
-from emoji_numpy import ddim, write_png
+from emoji_numpy import picture, write_png
 
 import effuse
 
@@ -14,5 +14,4 @@ artifact, prompt, path = sys.argv[1:]
 # The providers are the artifact's own; these would choose another GPU and let others run the rest.
 # providers = [("CUDAExecutionProvider", {"device_id": "1"}), "CPUExecutionProvider"]
 net = effuse.load(artifact)
-*_, picture = ddim(net, prompt)  # one each step
-write_png(path, picture)
+write_png(path, picture(net, prompt))

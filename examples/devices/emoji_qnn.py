@@ -7,11 +7,10 @@ Windows on Arm), whose library effuse registers with ONNX Runtime.
 
 import sys
 
-from emoji_numpy import ddim, write_png
+from emoji_numpy import picture, write_png
 
 import effuse
 
 artifact, prompt, path = sys.argv[1:]
 net = effuse.load(artifact)  # the first session compiles for the chip, which takes a while
-*_, picture = ddim(net, prompt)  # one each step
-write_png(path, picture)
+write_png(path, picture(net, prompt))

@@ -7,14 +7,14 @@ onnxruntime, this script asks for the CPU instead, which effuse does not do unas
 
 import sys
 
-from emoji_numpy import ddim, write_png
+from emoji_numpy import picture, write_png
 
 import effuse
 
 artifact, prompt, path = sys.argv[1:]
 try:
-    pictures = list(ddim(effuse.load(artifact), prompt))
+    made = picture(effuse.load(artifact), prompt)
 except effuse.EffuseError as error:
     print(error, file=sys.stderr)
-    pictures = list(ddim(effuse.load(artifact, providers=["CPUExecutionProvider"]), prompt))
-write_png(path, pictures[-1])
+    made = picture(effuse.load(artifact, providers=["CPUExecutionProvider"]), prompt)
+write_png(path, made)
