@@ -37,8 +37,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import effuse
-from effuse.evaluate import Trace, machine
+from effuse.evaluate import machine
 from effuse.passes import Hoist
+from effuse.tape import Trace
 
 HERE = Path(__file__).resolve().parent
 VERSIONS = ("torch", "onnxruntime", "diffusers", "effuse", "DeepCache")

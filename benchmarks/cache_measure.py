@@ -15,7 +15,8 @@ from cache_bench import Bench, Sampler
 from cache_rows import Row
 
 import effuse
-from effuse.evaluate import Trace, picture_db
+from effuse.evaluate import picture_db
+from effuse.tape import Trace
 
 
 @dataclass

@@ -29,8 +29,8 @@ from prune_show import markdown, plot
 from rich.console import Console
 
 from effuse.build import versions
-from effuse.evaluate import Trace
 from effuse.passes import Distill, Hoist, Pass, Prune
+from effuse.tape import Trace
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CONSOLE = Console()

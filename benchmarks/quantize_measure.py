@@ -20,7 +20,7 @@ import effuse
 from effuse.backends.reference import session
 from effuse.build import capture_program
 from effuse.calibrate import calibrate, drive, layer_values, needs_of
-from effuse.evaluate import Tape, Trace, repeat_step
+from effuse.evaluate import repeat_step
 from effuse.graph import clone, eliminate, emit_weight, substitute, unused_name
 from effuse.kernels.formats import round_trip
 from effuse.kernels.quantizers import parse_quantizer
@@ -28,6 +28,7 @@ from effuse.pass_manager import run_passes
 from effuse.passes import Canonicalize, Hoist, Pass
 from effuse.program import Program
 from effuse.statistics import Calibration, Needs
+from effuse.tape import Tape, Trace
 from effuse.watch import Watch
 
 CALIBRATION_SEED = 0  # pictures have cache_bench's NOISE_SEED

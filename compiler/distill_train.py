@@ -8,30 +8,27 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import reduce
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from effuse.distill_course import Entry, Quality, Trained, smoothed
 from effuse.distill_data import Call, Source
-from effuse.distill_loss import SHARES, Matched, feature_loss, match_features, output_loss
+from effuse.distill_loss import SHARES, feature_loss, match_features, output_loss
 from effuse.distill_network import Network, Wanted, check_trainable, trainable
 from effuse.distill_state import Folder, State
 from effuse.errors import CalibrationError, ConfigError, InputError, nearest
-from effuse.metrics import CEILING_DB, sqnr_db
+from effuse.metrics import sqnr_db
 from effuse.program import Program
 from effuse.weights import copied
 
 log = logging.getLogger(__name__)
 
-SMOOTH = 0.9  # of the losses' moving average, by which a training is watched
 EXPLODED = 10.0  # times the loss that it began with
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a weight
-CHARTED = 200  # points of the loss's course in the record
 KEEP = 10  # steps between two looks whether the average is the best so far
 
 Progress = Callable[[int, int, float], None]  # done, total, loss
@@ -95,38 +92,6 @@ class Recipe:
     def decay_at(self, step: int) -> float:
         """The average's decay at an update."""
         return min(self.ema, (1 + step) / (10 + step))
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One update: its rate, and the loss before it by parts, averaged over its calls."""
-
-    step: int
-    rate: float
-    loss: float
-    task: float
-    output: float
-    features: float
-
-
-@dataclass(frozen=True)
-class Quality:
-    """Loss, and the outputs' SQNR (dB) against the teacher, on the calls kept aside."""
-
-    loss: float
-    sqnr_db: float
-
-
-@dataclass(frozen=True)
-class Trained:
-    """Weights by name, how good they are, and how they came about."""
-
-    weights: Mapping[str, Tensor]
-    history: tuple[Entry, ...]
-    before: Quality
-    after: Quality
-    matched: Matched
-    warning: str = ""  # why the training stopped early, or was for nothing
 
 
 def train(
@@ -348,58 +313,12 @@ class _Run:
                 }
 
 
-def notes(found: Trained) -> list[str]:
-    """Sentences for the report."""
-    kind, count = found.matched.kind, len(found.matched.names)
-    beside = f"the outputs and {count} {kind} features" if count else "the outputs"
-    told = [
-        f"{len(found.history)} updates of {len(found.weights)} weights against {beside}: "
-        f"loss {found.before.loss:.3g} to {found.after.loss:.3g}, "
-        f"{found.before.sqnr_db:.1f} to {found.after.sqnr_db:.1f} dB"
-    ]
-    return [*told, found.warning] if found.warning else told
-
-
-def course(found: Trained) -> dict[str, Any]:
-    """The training as data: the smoothed loss over the updates, and the outputs' relative error."""
-    every = (each.loss for each in found.history)
-    losses = list(accumulate(every, _smoother, initial=found.before.loss))
-    count = len(found.history)
-    shown = sorted({round(each) for each in torch.linspace(0, count, CHARTED).tolist()})
-    return {
-        "updates": shown,
-        "loss": [_figure(losses[each]) for each in shown],
-        "before": _relative_error(found.before),
-        "after": _relative_error(found.after),
-        "updates_total": count,
-    }
-
-
-def _relative_error(quality: Quality) -> float | None:
-    """‖given - wanted‖ / ‖wanted‖ over all outputs; None where it is not finite."""
-    return None if quality.sqnr_db <= -CEILING_DB else _figure(10 ** (-quality.sqnr_db / 20))
-
-
-def _figure(value: float) -> float | None:
-    """Four digits of a number; None where it is not finite."""
-    return float(f"{value:.4g}") if math.isfinite(value) else None
-
-
 def retrained(program: Program, found: Trained) -> Program:
     """The program with the weights that a training gave."""
     stored = copied(program.weights)
     for name, tensor in found.weights.items():
         stored[name] = tensor
     return replace(program, weights=stored)
-
-
-def smoothed(history: Iterable[Entry], start: float) -> float:
-    """The moving average of the losses, from `start` on."""
-    return reduce(_smoother, (each.loss for each in history), start)
-
-
-def _smoother(found: float, loss: float) -> float:
-    return SMOOTH * found + (1 - SMOOTH) * loss
 
 
 def _flat(outputs: Sequence[Tensor]) -> Tensor:

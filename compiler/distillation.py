@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,23 +20,12 @@ from torch import Tensor, nn
 
 from effuse import artifact
 from effuse.api import Compiled
-from effuse.arguments import bind, check_shapes, check_static, spread_timesteps
-from effuse.build import timesteps_of
-from effuse.calibrate import drive, nested
+from effuse.calibrate import nested
 from effuse.capture import capture
-from effuse.distill_data import Call, Listener, Pool, Source, Trajectories, sampler
+from effuse.distill_course import Entry, Quality, Trained, course, notes
 from effuse.distill_network import Network
-from effuse.distill_train import (
-    Entry,
-    Progress,
-    Quality,
-    Recipe,
-    Trained,
-    course,
-    notes,
-    retrained,
-    train,
-)
+from effuse.distill_source import Data, pair_of, schedule_times, source_of
+from effuse.distill_train import Progress, Recipe, retrained, train
 from effuse.errors import ConfigError, InputError
 from effuse.graph import record
 from effuse.plan import Input, Role, to_json
@@ -46,9 +35,6 @@ from effuse.serial import graph_from_json
 from effuse.verify import compare
 
 Teacher = nn.Module | Program | Compiled
-Data = Callable[[Any], None] | Iterable[Any] | None
-
-STEPS = 20  # of a trajectory, where the network was captured without a schedule
 
 
 @dataclass(frozen=True)
@@ -229,7 +215,7 @@ def example_inputs(student: Program, data: Data) -> dict[str, Any]:
     if known := student.examples:
         return nested({i.path: known[i.name] for i in student.inputs}) | dict(student.constants)
     if data and not callable(data):
-        return dict(_pair(next(iter(data)))[0])
+        return dict(pair_of(next(iter(data)))[0])
     return nested({i.path: sized(i) for i in student.inputs}) | dict(student.constants)
 
 
@@ -287,76 +273,6 @@ def typed(program: Program, values: Mapping[str, Tensor]) -> Program:
         env = run_parts(program, values)
     record(part.graph, program.weights, {name: env[name] for name in part.inputs})
     return program
-
-
-# ---- data ----------------------------------------------------------------------------------------
-
-
-def source_of(
-    data: Data, teacher: Network, times: Sequence[float], schedule: Any, seed: int
-) -> Source:
-    """The calls to train on.
-
-    Raises:
-        CalibrationError: there are none.
-        InputError: one does not fit the network, or there are no examples to sample with.
-    """
-    program = teacher.program
-    if callable(data):
-        listener = Listener()
-        drive(program, data, listener, seed=seed)
-        return Pool(listener.calls, seed)
-    if data is not None:
-        return Pool([call_of(program, each) for each in data], seed)
-    if not program.examples:
-        raise InputError(
-            "data: trajectories are sampled with the teacher's example inputs, and an artifact "
-            "holds none; hand the teacher as a module or a Program, or data=…"
-        )
-    return Trajectories(teacher, times, sampler(schedule, times), seed)
-
-
-def schedule_times(student: Program, teacher: Program, schedule: Any) -> Sequence[float]:
-    """The timesteps to sample over: the schedule's, the programs', or evenly spaced ones."""
-    given = timesteps_of(schedule)
-    if given is not None:
-        return [float(time) for time in given]
-    if known := student.timesteps or teacher.timesteps:
-        return known
-    inputs = [each for each in teacher.inputs if each.role is Role.TIMESTEP]
-    examples = [teacher.examples[each.name] for each in inputs if each.name in teacher.examples]
-    flow = bool(examples) and examples[0].is_floating_point() and bool((examples[0] <= 1).all())
-    even = torch.linspace(1, 1 / STEPS, STEPS) if flow else torch.linspace(999, 0, STEPS).round()
-    return [float(time) for time in even]
-
-
-def call_of(program: Program, given: Any) -> Call:
-    """Inputs as a person gives them, with or without a target, as the program takes them.
-
-    Raises:
-        InputError: they do not fit.
-    """
-    from effuse.backends.reference import TorchArrays
-
-    inputs, target = _pair(given)
-    spec, arrays = program.spec(), TorchArrays()
-    found = bind(spec, (), dict(inputs))
-    values = {item.name: arrays.take(found[item.name], item) for item in spec.inputs}
-    values |= spread_timesteps(spec, values)
-    check_shapes(spec, values)
-    check_static(spec, values)
-    return Call(values, None if target is None else torch.as_tensor(target))
-
-
-def _pair(given: Any) -> tuple[Mapping[str, Any], Any]:
-    """Inputs and target of one item of the data."""
-    inputs, target = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
-    if not isinstance(inputs, Mapping):
-        raise InputError(
-            f"data: expected input mappings, or pairs (input mapping, target), came "
-            f"{type(given).__name__}"
-        )
-    return inputs, target
 
 
 # ---- the result ----------------------------------------------------------------------------------

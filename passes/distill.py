@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from effuse.distill_course import course, notes
 from effuse.distill_data import Listener, Pool
 from effuse.distill_network import Network
-from effuse.distill_train import Recipe, course, notes, retrained, train
+from effuse.distill_train import Recipe, retrained, train
 from effuse.errors import PassError
 from effuse.passes.base import Pass, Work
 from effuse.program import Program

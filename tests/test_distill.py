@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import effuse
 from effuse.capture import capture
+from effuse.distill_course import Entry, Quality, Trained, course, smoothed
 from effuse.distill_data import (
     ENOUGH,
     PROBES,
@@ -32,7 +33,7 @@ from effuse.distill_data import (
 from effuse.distill_loss import feature_loss, match_features, output_loss
 from effuse.distill_network import Network, trainable
 from effuse.distill_state import Folder, State
-from effuse.distill_train import Entry, Quality, Recipe, Trained, course, smoothed, train
+from effuse.distill_train import Recipe, train
 from effuse.errors import CalibrationError, ConfigError, InputError, PassError
 from effuse.metrics import sqnr_db
 from effuse.pass_manager import run_passes

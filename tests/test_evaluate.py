@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from effuse.errors import InputError
-from effuse.evaluate import CPUINFO, Tape, evaluate, picture_db, to_pixels
+from effuse.evaluate import CPUINFO, evaluate, picture_db, to_pixels
 from effuse.metrics import psnr_db, sqnr_db
+from effuse.tape import Tape
 
 PROMPTS = ("one", "two")
 STEPS = 4
