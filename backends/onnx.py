@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from effuse.backends.onnx_exporter import to_onnx
 from effuse.backends.onnx_half import halve
 from effuse.backends.onnx_integer import NATIVE, STORED, unsupported
 from effuse.backends.onnx_ops import TRANSLATIONS, prepare
@@ -29,7 +30,6 @@ from effuse.program import Part, Program, used_weights
 from effuse.runtime import Session
 from effuse.weights import FileWeights, copied, journal_of, stand_in
 
-OPSET = 21
 NARROW = ("FLOAT16", "BFLOAT16", "INT8", "UINT8", "INT4", "UINT4")
 
 
@@ -165,25 +165,15 @@ def exported(
                 dynamic_shapes={"values": tuple(dynamic)} if any(dynamic) else None,
                 strict=False,
             )
-            program = torch.onnx.export(
-                exported,
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=[*part.inputs, *swappable],
-                output_names=list(part.outputs),
-                custom_translation_table=dict(translations),
-                verbose=False,
-                optimize=False,
-            )
-            assert program is not None
-            defer(program.model, module)
-            optimize(program.model)
+            model = to_onnx(exported, [*part.inputs, *swappable], part.outputs, translations)
+            defer(model, module)
+            optimize(model)
         except Exception as error:
             reason = str(error).strip().splitlines()[0]
             raise BackendError(
                 f"{reader}: the part {part.name!r} has no ONNX form: {reason}"
             ) from error
-    return program.model
+    return model
 
 
 def defer(model: Any, module: nn.Module) -> None:

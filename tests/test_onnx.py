@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 import effuse
+from effuse.backends import onnx_exporter
+from effuse.backends.onnx_ops import TRANSLATIONS
 from effuse.errors import BackendError
 from effuse.metrics import sqnr_db
 
@@ -334,6 +336,24 @@ def test_an_op_without_an_onnx_form_is_named():
         Odd().eval(), {"backend": "reference"}, inputs={"sample": randn(1, 2)}, progress=False
     )
     assert fallback.manifest["backend"] == "reference"
+
+
+def test_the_exporter_s_table_of_operators_is_made_once(monkeypatch):
+    made = []
+    registry = onnx_exporter.import_module(f"{onnx_exporter.INTERNALS}._registration").ONNXRegistry
+    whole = registry.from_torchlib
+    monkeypatch.setattr(registry, "from_torchlib", lambda *_, **kw: made.append(kw) or whole(**kw))
+    onnx_exporter.operators.cache_clear()
+    exported = torch.export.export(nn.Linear(3, 2), (randn(2, 3),))
+
+    def nodes():
+        model = onnx_exporter.to_onnx(exported, ["x"], ["y"], TRANSLATIONS)
+        return [(node.op_type, [value.name for value in node.inputs]) for node in model.graph]
+
+    first = nodes()
+    assert nodes() == first and made == [{"opset_version": 21}]
+    monkeypatch.setattr(onnx_exporter, "takes_table", lambda: False)  # as in another torch
+    assert nodes() == first and len(made) == 2
 
 
 def test_auto_takes_onnx_and_falls_back_with_the_reason(monkeypatch):
