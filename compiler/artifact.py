@@ -191,6 +191,25 @@ class Opened:
         else:
             raise ArtifactError(f"{source}: no such artifact")
         self.manifest = check(self.folder, str(source))
+        self._source = source
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """The manifest of one network.
+
+        Raises:
+            ArtifactError: it is a pipeline's artifact, with several.
+        """
+        if self.manifest.get("kind") == "pipeline":
+            found = [each["folder"] for told in self.manifest["components"].values()
+                     for each in told.get("entries", ())]  # fmt: skip
+            names = ", ".join(str(self._source / each) for each in found) or "none"
+            unzip = "unpack it and " if self._holder else ""
+            raise ArtifactError(
+                f"{self._source}: a pipeline's artifact, and this takes a network's; {unzip}name "
+                f"one of its parts: {names}"
+            )
+        return self.manifest
 
 
 def unzip(source: Path, folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from effuse.artifact import is_pipeline
 from effuse.cli_options import Artifact, Json, SchedulerFolder, Steps
 from effuse.cli_text import out, scaled, sizes
 
@@ -35,7 +36,10 @@ def run(
     cpu: Annotated[
         bool, typer.Option("--cpu", help="On the CPU, whatever it is built for.")
     ] = False,
-    prompt: Annotated[str | None, typer.Option(help="Of a pipeline's artifact.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Of a pipeline's artifact; again for more.")
+    ] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Of each prompt.")] = None,
     negative: Annotated[str | None, typer.Option(help="What to lead away from.")] = None,
 ) -> None:
     """Sample pictures from an artifact into one PNG.
@@ -54,7 +58,7 @@ def run(
     """
     from effuse.cli_pipeline import run_pipeline
 
-    if run_pipeline(artifact, output, prompt, negative, guidance, seed, cpu):
+    if run_pipeline(artifact, output, prompt or (), negative, guidance, seed, cpu, images):
         return
     from effuse.cli_sample import Sampling, sample
 
@@ -75,14 +79,18 @@ def bench(
 
     The median, and the 10th and 90th percentile, in milliseconds. Several artifacts run in turns,
     so that a machine that gets busy does so for all of them; ratios to the first stand first.
-    Programs that run once a picture are not part of a step.
+    Programs that run once a picture are not part of a step. Of a pipeline every part is timed, and
+    what a picture takes in them.
 
     \b
     Examples:
       effuse bench unet.effuse
       effuse bench exact.effuse w8a8.effuse --repeat 100 --threads 2
     """
-    from effuse.cli_bench import bench as bench_artifacts
+    if any(map(is_pipeline, artifacts)):
+        from effuse.cli_pipeline import bench as bench_artifacts
+    else:
+        from effuse.cli_bench import bench as bench_artifacts
 
     bench_artifacts(artifacts, repeat, warmup, threads, as_json)
 
@@ -96,7 +104,8 @@ def report(
 ) -> None:
     """Show what compiling an artifact did.
 
-    Passes, figures, the plan by step, and what was left alone and why.
+    Passes, figures, the plan by step, and what was left alone and why. Of a pipeline: what it is
+    made of, and the same of each part.
 
     \b
     Examples:
@@ -106,14 +115,16 @@ def report(
     """
     if as_json and output is not None:
         raise typer.BadParameter("--json: prints the figures; give -o in a call of its own")
-    if as_json:
+    if is_pipeline(artifact):
+        from effuse.cli_pipeline import show_figures, show_report
+    else:
+        from effuse.cli_bench import show_report
         from effuse.cli_tables import show_figures
 
+    if as_json:
         show_figures(artifact)
-        return
-    from effuse.cli_bench import show_report
-
-    show_report(artifact, output)
+    else:
+        show_report(artifact, output)
 
 
 def diff(

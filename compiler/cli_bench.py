@@ -37,13 +37,17 @@ def bench(targets: Sequence[str], repeat: int, warmup: int, threads: int, as_jso
             "median_ms": middle, "p10_ms": low, "p90_ms": high,
             "speedup": 1000 * first / middle, "bytes": compiled.size,
         })  # fmt: skip
-    machine = {"processor": processor()[0], "cores": os.cpu_count(),
-               "threads": threads or "chosen by onnxruntime", "versions": versions()}  # fmt: skip
-    data = {"machine": machine, "repeat": repeat, "warmup": warmup, "artifacts": rows}
+    data = {"machine": machine(threads), "repeat": repeat, "warmup": warmup, "artifacts": rows}
     if as_json:
         print(json.dumps(data))
     else:
         show_bench(out(), data)
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What was measured on."""
+    return {"processor": processor()[0], "cores": os.cpu_count(),
+            "threads": threads or "chosen by onnxruntime", "versions": versions()}  # fmt: skip
 
 
 def step_call(compiled: Any) -> Callable[[int], Any]:
@@ -97,12 +101,15 @@ def show_bench(console: Console, data: Mapping[str, Any]) -> None:
             f"{row['speedup']:.2f}×", *times, size, row["backend"], escape(row["artifact"])
         )
     console.print(rows)
-    machine = data["machine"]
-    words = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    show_machine(console, data)
+
+
+def show_machine(console: Console, data: Mapping[str, Any]) -> None:
+    """How it was measured, and on what."""
+    used = data["machine"]
+    words = ", ".join(f"{name} {version}" for name, version in used["versions"].items())
     console.print(f"\nms a step of {data['repeat']} after {data['warmup']} to warm up, in turns")
-    console.print(
-        f"{machine['processor']}, {machine['cores']} cores; threads: {machine['threads']}"
-    )
+    console.print(f"{used['processor']}, {used['cores']} cores; threads: {used['threads']}")
     console.print(words, style="dim")
 
 

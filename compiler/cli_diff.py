@@ -53,6 +53,7 @@ def graph_text(target: str) -> str:
 
 def artifact_text(opened: Opened) -> str:
     """The text of an opened artifact's graphs."""
+    _ = opened.network  # a pipeline's artifact has graphs in its parts only, and is refused
     path = opened.folder / GRAPHS
     if not path.is_file():
         raise ArtifactError(f"{opened.folder}: holds no {GRAPHS}; compile it again")

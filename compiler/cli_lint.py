@@ -75,8 +75,10 @@ def linted(path: str, target: str, version: str | None) -> Iterator[Linted]:
     from effuse.lint_files import opened
 
     with opened(Path(path)) as files:
+        several = len({file.parent for file in files}) > 1  # of a pipeline
         for file in files:
-            name = path if file == Path(path) else f"{path}: {file.name}"
+            inner = f"{file.parent.name}/{file.name}" if several else file.name
+            name = path if file == Path(path) else f"{path}: {inner}"
             yield name, linter.lint(file, target, version)
 
 

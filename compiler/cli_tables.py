@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from effuse import __version__
-from effuse.artifact import MANIFEST, Opened
+from effuse.artifact import MANIFEST, PIPELINE, Opened, is_pipeline
 from effuse.cli_text import count_text, out, shape_text, table, versions
 from effuse.errors import ArtifactError, ConfigError, MissingExtra, require
 from effuse.plan import spec_from_json
@@ -48,11 +48,17 @@ SELECTIONS = {  # the options that every pass has
 def is_artifact(target: str) -> bool:
     """Whether `target` is a folder or zip that compile wrote."""
     path = Path(target)
-    return (path / MANIFEST).is_file() or (path.is_file() and path.suffix != ".json")
+    folder = any((path / name).is_file() for name in (MANIFEST, PIPELINE))
+    return folder or (path.is_file() and path.suffix != ".json")
 
 
 def look(target: str, settings: Mapping[str, Any], roles: Mapping[str, str], as_json: bool) -> None:
     """Print the rates and inputs of a network or artifact, as tables or as one JSON document."""
+    if is_pipeline(target):
+        from effuse.cli_pipeline import look as look_pipeline
+
+        look_pipeline(target, as_json)
+        return
     if not is_artifact(target):
         data = network_figures(target, settings, roles)
     elif settings or roles:

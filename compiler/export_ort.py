@@ -65,7 +65,7 @@ def export(source: Path, goal: Path, budget: int | None = None) -> Exported:
     """
     artifact.check_target(goal)
     opened = artifact.Opened(source)
-    manifest, spec = opened.manifest, _spec(opened.manifest, source)
+    manifest, spec = opened.network, _spec(opened.network, source)
     with tempfile.TemporaryDirectory(prefix="effuse-") as holder:
         folder = Path(holder)
         convert(spec, opened.folder, folder, device_of(manifest["target"]))

@@ -35,7 +35,7 @@ def export(source: Path, goal: Path) -> dict[str, int]:
     """
     artifact.check_target(goal)
     opened = artifact.Opened(source)
-    manifest = opened.manifest
+    manifest = opened.network
     if reason := unfit(manifest):
         raise ConfigError(f"{source}: {reason}")
     spec = spec_from_json(manifest["program"])

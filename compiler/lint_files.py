@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
-from effuse.artifact import MANIFEST, Opened
+from effuse.artifact import MANIFEST, Opened, is_pipeline
 from effuse.errors import ArtifactError, require
 from effuse.lint_onnx import ONNX_DOMAINS, Model, Version
 
@@ -146,8 +146,11 @@ def opened(path: Path) -> Iterator[tuple[Path, ...]]:
     if not path.is_dir() and not zipfile.is_zipfile(path):
         yield (path,)
         return
-    holder = Opened(path) if path.is_file() or (path / MANIFEST).is_file() else None
-    found = tuple(sorted((holder.folder if holder else path).glob("*.onnx")))
+    whole = is_pipeline(path)
+    known = whole or path.is_file() or (path / MANIFEST).is_file()
+    holder = Opened(path) if known else None
+    files = "*/*.onnx" if whole else "*.onnx"
+    found = tuple(sorted((holder.folder if holder else path).glob(files)))
     if not found:
         raise ArtifactError(f"{path}: no ONNX file in it; compile with --backend onnx")
     yield found

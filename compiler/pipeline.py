@@ -225,13 +225,13 @@ def compile_component(
     opened, entries = {}, []
     for key in [key for key in log.keys if key[0] == name]:
         path, denoises = key[1], log.role(key) == "denoiser" and not key[1]
-        kinds = list({repr(signature_of(each.arguments)): each for each in log.of(key)}.values())
+        kinds = kinds_of(log.of(key))
         if denoises and len(kinds) > 1:
             raise ConfigError(
                 f"{name} is called with {len(kinds)} kinds of arguments, and a denoiser is compiled"
                 " for one; give prompts of one length"
             )
-        for number, call in enumerate(kinds):
+        for number, (call, count) in enumerate(kinds):
             where = entry_folder(name, path, number)
             if denoises:
                 compiled = compile_denoiser(request, log, module, key)
@@ -239,8 +239,16 @@ def compile_component(
                 compiled = compile_entrance(request, module, path, call)
             compiled.save(folder / where)
             opened[where] = compiled
-            entries.append(described_entry(module, call, where, denoises))
+            entries.append({**described_entry(module, call, where, denoises), "calls": count})
     return opened, entries
+
+
+def kinds_of(calls: Sequence[Call]) -> list[tuple[Call, int]]:
+    """A call of each shape and plain data, and how many there are of it."""
+    found: dict[str, list[Call]] = {}
+    for call in calls:
+        found.setdefault(repr(signature_of(call.arguments)), []).append(call)
+    return [(alike[-1], len(alike)) for alike in found.values()]
 
 
 def described_entry(module: nn.Module, call: Call, where: str, denoises: bool) -> dict[str, Any]:

@@ -29,6 +29,10 @@ def torch_free(
     """The recipe of a run without torch, its arrays written down; or why there is none."""
     folders = {(name, each["path"]): each["folder"] for name, told in described.items()
                for each in told.get("entries", ())}  # fmt: skip
+    prompts = next((arguments[name] for name in PROMPT_ARGUMENTS if name in arguments), "")
+    if isinstance(prompts, (list, tuple)) and len(prompts) > 1:
+        return {"refused": f"it was watched with {len(prompts)} prompts at once; compile it with "
+                "one, and hand run() a list"}  # fmt: skip
     first, reason = seeded(pipe, arguments), ""
     for negative in (True, False):
         second = other_texts(pipe, first, negative)

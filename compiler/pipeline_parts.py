@@ -89,12 +89,16 @@ class Component:
                 continue
             reason = entry.refusal(args, kwargs)
             if reason is None:
-                return entry(args, kwargs)
+                try:
+                    return entry(args, kwargs)
+                except InputError as error:  # of a network, which checks what it is given itself
+                    reason = str(error)
             refused.append(reason)
         called = ".".join(filter(None, (self._name, path)))
         raise InputError(
             f"{called}: {'; or '.join(refused) or 'not compiled'}; compile the pipeline again with "
-            "the arguments that it is to be called with: compile_pipeline(…, call={…})"
+            "the arguments that it is to be called with: compile_pipeline(…, call={…}), "
+            "prompts=([…, …],) for several prompts at once"
         )
 
     @property

@@ -6,7 +6,7 @@ import copy
 import importlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -72,41 +72,60 @@ class CompiledPipeline:
         return made(**{**named, **found, **self.components, **told["settings"]})
 
     def run(
-        self, prompt: Text = "", negative: Text | None = None, *, seed: int = 0,
-        guidance: float | None = None, noise: Any = None,
-        on_step: Callable[[int, int], None] = lambda done, total: None,
+        self, prompt: Text | Sequence[Text] = "", negative: Text | Sequence[Text] | None = None, *,
+        images: int | None = None, seed: int | Sequence[int] = 0, guidance: float | None = None,
+        noise: Any = None, on_step: Callable[[int, int], None] = lambda done, total: None,
     ) -> Any:  # fmt: skip
-        """A picture without torch, as an array (…, height, width, channels) in [0, 1].
+        """Pictures without torch, as an array (…, height, width, channels) in [0, 1].
 
         What the pipeline does between its components is data in the artifact; it was found by
-        watching, and checked. With the same seed it is the pipeline's picture.
+        watching, and checked. With the same seed they are the pipeline's pictures. Several are made
+        one after another, each in all its steps.
 
         Args:
-            prompt: a text, or its token ids.
-            negative: what to lead away from, where the pipeline was watched with that.
-            seed: of the noise, as of torch's CPU generator.
+            prompt: a text, or its token ids; or several of them.
+            negative: what to lead away from, where the pipeline was watched with that; one, or one
+                for each prompt.
+            images: of each prompt; None: as many as when it was watched.
+            seed: of the noise, as of torch's CPU generator; or one for each picture, as of a list
+                of generators.
             guidance: in place of the scale that was watched.
             noise: standard normal, in place of the seed's.
             on_step: is told how many steps are done, of how many.
 
         Raises:
-            InputError: the artifact has no run without torch, and why.
+            InputError: the artifact has no run without torch, and why; or there are not as many
+                seeds, negative prompts or noise as pictures.
         """
         recipe = self.recipe
         if negative is not None and not recipe["negative"]:
             raise InputError("negative: the pipeline treats an empty one apart; leave it out")
-        texts = {"prompt": prompt, "negative": "" if negative is None else negative}
+        texts = repeated(prompt, negative, images, recipe["latents"]["shape"][0])
+        drawn = noise_for(recipe["latents"]["shape"], len(texts), seed, noise)
+        steps, done = len(recipe["network"]["times"]), 0
+        pictures = []
+        for pair, each in zip(texts, drawn, strict=True):
+            pictures.append(self._picture(*pair, each, guidance, lambda n, _, done=done: on_step(
+                done + n, steps * len(texts))))  # fmt: skip
+            done += steps
+        return np.concatenate(pictures)
+
+    def _picture(
+        self, prompt: Text, negative: Text, noise: Any, guidance: float | None,
+        on_step: Callable[[int, int], None],
+    ) -> Any:  # fmt: skip
+        """What one run of the recipe gives."""
+        recipe, texts = self.recipe, {"prompt": prompt, "negative": negative}
         tokens: dict[str, Any] = {}
         for each in recipe["readings"]:
             read = tokens_of(self.folder, each, texts[each["text"]])
             tokens |= {f"reading.{each['number']}.{name}": value for name, value in read.items()}
         with np.load(self.folder / RECIPE_ARRAYS, allow_pickle=False) as file:
             constants = dict(file)
-        drawn = normal(seed, recipe["latents"]["shape"]) if noise is None else noise
         entries = {entry.described["folder"]: entry for each in self.components.values()
                    for entry in each.entries}  # fmt: skip
         return play(
-            recipe, constants, tokens, drawn, lambda name, given: entries[name].flat(given),
+            recipe, constants, tokens, noise, lambda name, given: entries[name].flat(given),
             guidance, on_step,
         )  # fmt: skip
 
@@ -147,6 +166,17 @@ class CompiledPipeline:
         return [f"torch-free: {free}", *(line_of(name, told, self.components.get(name))
                 for name, told in sorted(self.manifest["components"].items()))]  # fmt: skip
 
+    def to_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write the report as one page: the pipeline, and what was done with each of its parts.
+
+        Raises:
+            ArtifactError: the page cannot be written there.
+            MissingExtra: jinja2 or matplotlib is not installed.
+        """
+        from effuse.pipeline_report import to_html
+
+        return to_html(self.folder, self.manifest, path)
+
     @property
     def size(self) -> int:
         """All the artifact's files together, in bytes."""
@@ -164,6 +194,56 @@ class CompiledPipeline:
         kind = self.manifest["pipeline"]["class"].rpartition(".")[2]
         names = ", ".join(self.components) or "nothing"
         return f"<effuse.CompiledPipeline {kind}: {names} compiled, {self.size / 1e6:.1f} MB>"
+
+
+def repeated(
+    prompt: Text | Sequence[Text], negative: Text | Sequence[Text] | None, images: int | None,
+    batch: int,
+) -> list[tuple[Text, Text]]:  # fmt: skip
+    """Prompt and negative prompt of every run of a recipe that makes `batch` pictures.
+
+    Raises:
+        InputError: the numbers of prompts and pictures do not fit.
+    """
+    prompts = several(prompt) or [prompt]
+    others = [""] if negative is None else several(negative) or [negative]
+    count = batch if images is None else images
+    if len(others) not in (1, len(prompts)):
+        raise InputError(f"negative: {len(others)} texts for {len(prompts)} prompts; give one each")
+    if count < 1 or count % batch:
+        raise InputError(
+            f"images: the pipeline was watched making {batch} of a prompt, and makes multiples of "
+            f"that; came {count}"
+        )
+    others = others * (len(prompts) // len(others))
+    pairs: list[Any] = list(zip(prompts, others, strict=True))
+    return [pair for pair in pairs for _ in range(count // batch)]
+
+
+def several(given: Any) -> list[Any] | None:
+    """The texts, where it is not one alone: one may be its token ids."""
+    if isinstance(given, str) or not len(given) or isinstance(given[0], (int, np.integer)):
+        return None
+    return list(given)
+
+
+def noise_for(shape: Sequence[int], runs: int, seed: int | Sequence[int], given: Any) -> Any:
+    """The noise of each run; one seed draws it for all of them at once, as torch does.
+
+    Raises:
+        InputError: there is not as much as they take.
+    """
+    whole = (runs * shape[0], *shape[1:])
+    if given is not None:
+        if np.size(given) != np.prod(whole):
+            raise InputError(f"noise: expected the shape {whole}, got {np.shape(given)}")
+    elif isinstance(seed, int):
+        given = normal(seed, whole)
+    elif len(seed) == whole[0]:
+        given = np.stack([normal(each, shape[1:]) for each in seed])
+    else:
+        raise InputError(f"seed: {len(seed)} seeds for {whole[0]} pictures; give one each")
+    return np.reshape(given, (runs, *shape))
 
 
 def line_of(name: str, told: Mapping[str, Any], component: Component | None) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from effuse.errors import InputError
+from effuse.errors import InputError, MissingExtra, require
 
 Text = str | Sequence[int]
 CLEANERS: Mapping[str, Callable[[str], str]] = {
@@ -25,7 +25,8 @@ def tokens_of(folder: Path, told: Mapping[str, Any], text: Text) -> dict[str, np
         text: a text, or the ids of its tokens with the special ones.
 
     Raises:
-        InputError: the library or the tokenizer's file is missing, or there are too many ids.
+        InputError: the tokenizer's file is missing, or there are too many ids.
+        MissingExtra: the library is missing, and a text is given.
     """
     length = told["length"]
     if isinstance(text, str):
@@ -44,18 +45,16 @@ def tokens_of(folder: Path, told: Mapping[str, Any], text: Text) -> dict[str, np
 def encoded(folder: Path, text: str, told: Mapping[str, Any]) -> list[int]:
     """The ids of a text's tokens, cut to length."""
     try:
-        from tokenizers import Tokenizer
-    except ModuleNotFoundError:
-        raise InputError(
-            "prompt: reading a text needs 'tokenizers': pip install tokenizers; or give token ids"
-        ) from None
+        library = require("tokenizers", "text")
+    except MissingExtra as error:
+        raise MissingExtra(f"prompt: to read a text, {error}; or give token ids") from error
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise InputError(
             f"prompt: the artifact has no {folder.name}/tokenizer.json, which the tokenizers "
             "library reads; give token ids"
         )
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = library.Tokenizer.from_file(str(file))
     tokenizer.no_padding()
     tokenizer.enable_truncation(told["length"])
     return list(tokenizer.encode(text, add_special_tokens=told["special"]).ids)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,15 @@ FIGURES = {
     *("score", "SQNR, dB", "SQNR of a full step, dB"),
     *("s a run", "ms a step", "speed-up", "PSNR, dB", "worst picture", "worst step"),
 }
+
+
+@dataclass(frozen=True)
+class Overview:
+    """What stands at the top of a page on several networks that make one whole."""
+
+    title: str
+    facts: Sequence[str]
+    tables: Sequence[Table]
 
 
 @dataclass(frozen=True)
@@ -95,14 +104,16 @@ class Report:
 
 
 def write_html(
-    path: str | os.PathLike[str], reports: Mapping[str, Report], evaluation: Evaluation | None
-) -> Path:
+    path: str | os.PathLike[str], reports: Mapping[str, Report], evaluation: Evaluation | None,
+    overview: Overview | None = None,
+) -> Path:  # fmt: skip
     """One self-contained page on several compiled networks and how they compare.
 
     Args:
         path: where to write; an earlier file there is replaced at once, or stays as it is.
         reports: name -> report, in the order of the page.
         evaluation: pictures and figures, or None.
+        overview: of what the networks make together.
 
     Raises:
         ArtifactError: the page cannot be written there.
@@ -110,12 +121,15 @@ def write_html(
     """
     goal = Path(path)
     check_folder(goal)  # before the work, not after
-    write_text(goal, render(reports, evaluation))
+    write_text(goal, render(reports, evaluation, overview))
     return goal
 
 
-def render(reports: Mapping[str, Report], evaluation: Evaluation | None) -> str:
+def render(
+    reports: Mapping[str, Report], evaluation: Evaluation | None, overview: Overview | None = None
+) -> str:
     """The page's text."""
+    first = headline(next(iter(reports.values())).manifest) if reports else "effuse report"
     jinja = require("jinja2")
     environment = jinja.Environment(
         loader=jinja.FileSystemLoader(Path(__file__).parent),
@@ -125,7 +139,8 @@ def render(reports: Mapping[str, Report], evaluation: Evaluation | None) -> str:
         lstrip_blocks=True,
     )
     page = environment.get_template("report.html.j2").render(
-        title=headline(next(iter(reports.values())).manifest) if reports else "effuse report",
+        title=first if overview is None else overview.title,
+        overview=overview,
         compared=None if evaluation is None else comparison_view(evaluation),
         sections=[section_view(name, report) for name, report in reports.items()],
         figures=FIGURES,

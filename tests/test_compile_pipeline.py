@@ -23,6 +23,7 @@ from effuse.errors import ArtifactError, CaptureError, ConfigError, InputError
 from effuse.metrics import psnr_db
 from effuse.noise import normal
 from effuse.pipeline_calls import labelled, outline, rebuild
+from effuse.pipeline_free import torch_free
 from effuse.pipeline_recipe import find
 from effuse.pipeline_sources import Pair
 from effuse.pipeline_tokens import tokens_of
@@ -186,6 +187,14 @@ def test_the_run_s_arguments(pipe, compiled):
     long = "a cat on a mat beside a dog"  # cut to sixteen tokens
     same(compiled.run(long, seed=3), picture(pipe, long))
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(9))
+    several = ["a cat", "a dog"]
+    same(
+        compiled.run(several, "no", images=2, seed=3),
+        picture(pipe, several, negative_prompt=["no"] * 2, num_images_per_prompt=2),
+    )
+    generators = [torch.Generator().manual_seed(n) for n in (5, 6)]
+    given = {"num_inference_steps": STEPS, "output_type": "np", **CALL}
+    same(compiled.run(several, seed=[5, 6]), pipe(several, generator=generators, **given).images)
     steps = []
     found = compiled.run("a cat", noise=latents.numpy(), on_step=lambda *done: steps.append(done))
     same(found, picture(pipe, latents=latents))
@@ -194,10 +203,35 @@ def test_the_run_s_arguments(pipe, compiled):
         compiled.run([0] * 17)
 
 
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"negative": ["a", "b", "c"]}, "negative: 3 texts for 2 prompts"),
+        ({"seed": [1]}, "seed: 1 seeds for 2 pictures"),
+        ({"noise": np.zeros((1, 4, 16, 16))}, r"noise: expected the shape \(2, 4, 16, 16\)"),
+        ({"images": 0}, "images: .* making 1 of a prompt.*came 0"),
+    ],
+)
+def test_numbers_that_do_not_fit(compiled, given, reason):
+    with pytest.raises(InputError, match=reason):
+        compiled.run(["a cat", "a dog"], **given)
+
+
+def test_several_prompts_at_once_in_torch(by_hand, compiled):
+    told = r"text_encoder: .*compiled for shape \(1, 16\), got \(2, 16\).*prompts=\(\[…, …\],\)"
+    with pytest.raises(InputError, match=told):
+        compiled(["a cat", "a dog"], num_inference_steps=STEPS, **CALL)
+    pipe, _ = by_hand
+    calls = [{"prompt": ["a", "b"]}]
+    assert "watched with 2 prompts at once" in torch_free(pipe, *calls, None, {}, None)["refused"]
+
+
 def test_on_the_command_line(pipe, compiled, tmp_path):
     path, target = compiled.save(tmp_path / "a.effuse"), tmp_path / "a.png"
     run = CliRunner()
     options = ["run", str(path), "-o", str(target), "--prompt", "a cat", "--seed", "3"]
+    result = run.invoke(app, [*options, "--prompt", "a dog", "--images", "2"])
+    assert result.exit_code == 0 and "4 pictures" in result.output, result.output
     result = run.invoke(app, options)
     assert result.exit_code == 0, result.output
     found = np.asarray(Image.open(target))[::8, ::8] / 255  # small pictures are enlarged
@@ -205,8 +239,6 @@ def test_on_the_command_line(pipe, compiled, tmp_path):
     inner = ["run", str(path / "unet"), "-o", str(target), "--prompt", "a cat"]
     result = run.invoke(app, inner)
     assert result.exit_code == 1 and "is no pipeline's artifact" in " ".join(result.output.split())
-    result = run.invoke(app, ["bench", str(path)])
-    assert result.exit_code == 1 and "open one of its folders" in " ".join(result.output.split())
 
 
 def test_what_lies_between_the_components_is_data(compiled):
