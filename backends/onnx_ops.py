@@ -13,7 +13,16 @@ from torch import fx
 from effuse.backends.onnx_attention import fuse_attention
 from effuse.backends.onnx_integer import bind_integer_layers, bind_nbits, restore_weights
 from effuse.backends.onnx_runtime_ops import MATMUL_NBITS, MULTI_HEAD_ATTENTION
-from effuse.graph import calls, eliminate, emit, emit_weight, substitute, value_of
+from effuse.graph import (
+    calls,
+    eliminate,
+    emit,
+    emit_weight,
+    outputs,
+    set_outputs,
+    substitute,
+    value_of,
+)
 from effuse.kernels import dynamic as dynamic  # registers the ops
 from effuse.kernels.quantizers import parse_quantizer
 from effuse.weights import WeightStore, derive
@@ -199,7 +208,23 @@ def prepare(graph: fx.Graph, weights: WeightStore, contrib: bool = True) -> None
         bind_nbits(graph, weights)
     restore_weights(graph)
     transpose_quantized(graph, weights)
+    own_outputs(graph)
     eliminate(graph)
+
+
+def own_outputs(graph: fx.Graph) -> None:
+    """An output that is an input, a weight or another output becomes an Identity of it.
+
+    The exporter names each value once: it would give the input the output's name.
+    """
+    found: list[fx.Node] = []
+    for node in outputs(graph):
+        if node.op == "call_function" and node not in found:
+            found.append(node)
+            continue
+        with graph.inserting_before(graph.output_node()):
+            found.append(emit(graph, aten.clone.default, node, like=node))
+    set_outputs(graph, found)
 
 
 def idle_squeezes(graph: fx.Graph) -> None:
