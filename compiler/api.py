@@ -196,7 +196,8 @@ def compile(
     """Compile a denoiser ahead of time.
 
     Args:
-        model: a torch.nn.Module in eval mode, or a folder written by save_pretrained.
+        model: a torch.nn.Module in eval mode, one of its methods (an autoencoder's `decode`), or a
+            folder written by save_pretrained.
         config: an effuse.Config, a preset's name, a mapping, or the path of a TOML file.
         inputs: example inputs by forward's names; None: derived from the model's own config.
         schedule: a diffusers scheduler with its timesteps set, or the timesteps; None: any.

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from effuse.method import as_network, is_method
+
 ORIGINAL = "_orig_mod"  # where torch.compile keeps the module that it was given
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
@@ -28,7 +30,11 @@ class _Echo(nn.Module):
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside `torch.compile`, DataParallel, and whatever else only calls it."""
+    """The network inside `torch.compile`, DataParallel, and whatever else only calls it.
+
+    A method that is bound to a network is the forward of one.
+    """
+    model = as_network(model) if is_method(model) else model
     while isinstance(model, nn.Module) and (inner := wrapped_by(model)) is not None:
         model = inner
     return model

@@ -134,8 +134,21 @@ def identity(node: fx.Node) -> Any:
     if node.target in DROPOUTS:  # dropout(x, p, train)
         return None if node.args[2] else node.args[0]
     if node.target in LAYOUTS:
-        return None if calls(node.graph, *STRIDED) else node.args[0]
+        kept = calls(node.graph, *STRIDED) or channels_first(node)
+        return None if kept else node.args[0]
     return node.args[0] if node.target in IDENTITIES else None
+
+
+def channels_first(node: fx.Node) -> bool:
+    """Whether a video with its channels last is laid out anew, for what goes by strides.
+
+    Norms and convolutions of videos sum in another order where channels are last, and so would all
+    that follow them: the values would be off by more than an exact pass may move them.
+    """
+    before, after = (value_of(each) for each in (node.args[0], node))  # type: ignore[arg-type]
+    if before.dim() != 5 or before.stride(1) != 1 or after.stride(1) == 1:
+        return False
+    return any(user.target is not aten.reshape.default for user in node.users)
 
 
 def cast(node: fx.Node) -> Any:

@@ -205,6 +205,23 @@ def test_strides_are_kept_where_an_op_reads_them():
     assert "contiguous.default" in targets(canonicalized(rotary))
 
 
+@pytest.mark.parametrize(
+    ("moved", "then", "kept"),
+    [
+        (lambda x: x.movedim(-1, 1), F.conv3d, True),  # norms and convolutions go by strides
+        (lambda x: x.movedim(-1, 1), lambda x, w: x.view(2, -1) + w.sum(), False),
+        (lambda x: x[:, :, 1:], F.conv3d, False),  # the channels are first
+    ],
+)
+def test_a_video_is_laid_out_anew_where_its_channels_were_last(moved, then, kept):
+    def function(sample, weight):
+        return then(moved(sample).contiguous(), weight)
+
+    program = canonicalized(function, (7, 6, 1, 1, 1), sample=(2, 6, 4, 5, 6))
+    assert ("contiguous.default" in targets(program)) is kept
+    assert targets(run_passes(program, (Canonicalize(),))) == targets(program)
+
+
 def test_constants_fold_in_chains_and_only_while_they_are_small():
     result = canonicalized(lambda x, w: F.linear(x, (w.t() * 2.0).sin().t()), (4, 4))
     assert targets(result) == ["linear.default"]
