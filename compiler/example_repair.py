@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from effuse.example_rows import FRAMES, Network, guessed, is_time
+from effuse.example_shapes import Inputs, counted, leaves, placed, repeated, reshaped, resized
 
 TRIALS = 100  # at most, for one network
 LARGEST = 1 << 24  # elements of an input that is tried in another's place
@@ -41,8 +42,6 @@ LAYERS: Mapping[Any, Callable[[torch.Tensor], int]] = {
     torch.conv2d: lambda weight: weight.shape[1],
     torch.conv3d: lambda weight: weight.shape[1],
 }
-
-Inputs = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -196,6 +195,8 @@ def proposals(failed: Failure, net: Network, inputs: Inputs) -> Iterator[Inputs]
     yield from additions(failed, net, inputs)
     if not timed:
         yield from times(net, inputs)
+    yield from counted(str(failed.error), names, inputs)
+    yield from repeated(failed.shapes, net.batch, names, inputs)
     yield from itertools.islice(sizes(failed, names, inputs), SIZES_TOLD)
     yield from ranks(names[2:] if told else names, net, inputs)
 
@@ -288,15 +289,15 @@ def ranks(names: list[str], net: Network, inputs: Inputs) -> Iterator[Inputs]:
     """Axes more or less: frames, tokens in place of a picture, a list in place of a batch."""
     for name in names:
         for path, leaf in leaves(inputs, name):
-            for shape in shapes_like(tuple(leaf.shape), net):
+            alike = pictures_alike(name, leaf, inputs)
+            others = [shapes_like(tuple(inputs[other].shape), net) for other in alike]
+            for shape, *theirs in zip(shapes_like(tuple(leaf.shape), net), *others, strict=True):
                 if math.prod(shape) > LARGEST:
                     continue
-                alike = [other for other in inputs if other != name
-                         and leaf.dim() > 2 and torch.is_tensor(inputs[other])
-                         and inputs[other].shape == leaf.shape]  # fmt: skip
                 changed = placed(inputs, path, reshaped(leaf, shape))
                 if alike:
-                    yield changed | {other: reshaped(inputs[other], shape) for other in alike}
+                    yield changed | {other: reshaped(inputs[other], own)
+                                     for other, own in zip(alike, theirs, strict=True)}  # fmt: skip
                 yield changed
         value = inputs[name]
         if torch.is_tensor(value) and value.dim() > 1:
@@ -305,6 +306,17 @@ def ranks(names: list[str], net: Network, inputs: Inputs) -> Iterator[Inputs]:
         elif isinstance(value, list) and value and all(map(torch.is_tensor, value)):
             yield inputs | {name: torch.stack(value)}
             yield inputs | {name: [torch.stack(value)]}
+
+
+def pictures_alike(name: str, leaf: torch.Tensor, inputs: Inputs) -> list[str]:
+    """The other inputs of a tensor's shape, but for channels: they get or lose frames with it."""
+
+    def outline(each: torch.Tensor) -> tuple[int, ...]:
+        channels = 1 if each.dim() > 3 else each.dim()
+        return tuple(size for axis, size in enumerate(each.shape) if axis != channels)
+
+    return [other for other, each in inputs.items() if other != name and torch.is_tensor(each)
+            and leaf.dim() == each.dim() > 2 and outline(each) == outline(leaf)]  # fmt: skip
 
 
 def shapes_like(shape: tuple[int, ...], net: Network) -> Iterator[tuple[int, ...]]:
@@ -336,36 +348,3 @@ def shapes_like(shape: tuple[int, ...], net: Network) -> Iterator[tuple[int, ...
         yield (*batch, *shape[2:], shape[1])
         yield (*batch, shape[2] * shape[3] * shape[4], shape[1])
         yield (*batch, shape[1], shape[2] * shape[3] * shape[4])
-
-
-def leaves(inputs: Inputs, name: str) -> list[tuple[Any, torch.Tensor]]:
-    """The tensors of an argument, with their paths."""
-    found = pytree.tree_flatten_with_path({name: inputs[name]})[0]
-    return [(path, leaf) for path, leaf in found if isinstance(leaf, torch.Tensor)]
-
-
-def placed(inputs: Inputs, path: Any, value: torch.Tensor) -> Inputs:
-    """The inputs with another tensor in one place; of a list of equals, in all of them."""
-    name = path[0].key
-    old = next(leaf for where, leaf in leaves(inputs, name) if where == path)
-    alike = isinstance(inputs[name], (list, tuple))
-
-    def change(where: Any, leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        same = where == path or (alike and leaf.shape == old.shape)
-        return value.clone() if same else leaf
-
-    changed: Inputs = pytree.tree_map_with_path(change, {name: inputs[name]})
-    return inputs | changed
-
-
-def resized(value: torch.Tensor, axis: int, size: int) -> torch.Tensor:
-    """A tensor with another size of an axis: cut off, or repeated."""
-    return value.index_select(axis, torch.arange(size) % max(value.shape[axis], 1))
-
-
-def reshaped(value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """The values over another shape: cut off, or repeated."""
-    count = torch.Size(shape).numel()
-    return value.flatten()[torch.arange(count) % max(value.numel(), 1)].reshape(shape)

@@ -263,9 +263,24 @@ def grid_size(axis: int) -> Callable[[Network], int]:
 
 def control(net: Network) -> torch.Tensor:
     """What steers a ControlNet: a picture, or something of the latent's shape."""
-    channels = net.config.get("conditioning_channels")
-    height, width = (PIXELS * side for side in net.sides)
-    return net.normal(net.batch, channels, height, width) if channels else latent(net)
+    channels = width_of(net, ("conditioning_channels", "ctrl_conditioning_channels"))
+    if not channels or net.config.get("use_simplified_condition_embedding"):
+        return latent(net)
+    return net.normal(net.batch, channels, *(PIXELS * side for side in net.sides))
+
+
+def control_mask(net: Network) -> torch.Tensor | None:
+    """Which pixels of what steers a ControlNet are told: all, as one more channel of it."""
+    if not net.config.get("concat_conditioning_mask"):
+        return None
+    return torch.ones_like(control(net)[:, :1])
+
+
+def control_kinds(net: Network) -> torch.Tensor:
+    """Which kinds of pictures steer: the first, shape (batch, kinds)."""
+    kinds = torch.zeros(net.batch, width_of(net, ("num_control_type",)) or 1, dtype=net.dtype)
+    kinds[:, 0] = 1
+    return kinds
 
 
 def places(net: Network) -> tuple[torch.Tensor, ...]:
@@ -348,7 +363,9 @@ ROWS: tuple[tuple[str, Row], ...] = (
     ("visual_rope_pos", places),
     ("text_rope_pos", lambda net: torch.arange(net.length)),
     ("chunk_partition", lambda net: [FRAMES]),
+    ("control_type", control_kinds),
     ("control_type_idx", lambda net: [0]),
+    ("conditioning_mask", control_mask),
     ("return_dict", no_names),
 )
 
@@ -394,8 +411,15 @@ def guessed(net: Network, name: str, missed: bool = False) -> Any:
     plain = re.sub(r"typing\.|torch\.|Optional|Union|None|NoneType|[\[\]| ,]", "", told)
     plain = plain.removeprefix("<class'").removesuffix("'>")
     if plain in PLAIN:
-        return net.config.get(name, PLAIN[plain])
+        return one_of(net, name, PLAIN[plain])
     return listed(guess_row(name)(net), told)
+
+
+def one_of(net: Network, name: str, default: Any) -> Any:
+    """What the config sets a plain argument to, or the first it offers: `scale` of `scales`."""
+    offered = net.config.get(f"{name}s")
+    fits = isinstance(offered, (list, tuple)) and offered and isinstance(offered[0], type(default))
+    return net.config.get(name, offered[0] if fits else default)
 
 
 def listed(made: Any, told: str) -> Any:

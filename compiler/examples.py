@@ -67,11 +67,11 @@ def first_guess(network: Network) -> dict[str, Any]:
 
 def describe(model: nn.Module, batch: int, size: int | None) -> Network:
     """What the rows need to know of a network."""
-    config = getattr(model, "config", None)
+    config = config_of(model)
     floats = (each.dtype for each in model.parameters() if each.is_floating_point())
     layers = [m for m in model.modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear))]
     settled = ("use_additional_conditions",)  # a network may replace a None in its config
-    values = dict(config) if isinstance(config, Mapping) else {}
+    values = dict(config)
     values |= {key: getattr(model, key) for key in settled if key in values and hasattr(model, key)}
     wide = [getattr(layer, "in_channels", 0) for layer in layers[:FIRST]]
     channels = values.get("in_channels")
@@ -84,6 +84,18 @@ def describe(model: nn.Module, batch: int, size: int | None) -> Network:
         size=size,
         dtype=next(floats, torch.float32),
     )
+
+
+def config_of(model: nn.Module) -> Mapping[str, Any]:
+    """A network's config; of one that only holds others, as several ControlNets, the first's."""
+    own = getattr(model, "config", None)
+    if isinstance(own, Mapping):
+        return own
+    parts = [part for child in model.children()
+             for part in (child if isinstance(child, nn.ModuleList) else (child,))]  # fmt: skip
+    theirs = [getattr(part, "config", None) for part in parts]
+    held = [each for each in theirs if isinstance(each, Mapping)]
+    return held[0] if held and len(held) == len(parts) else {}
 
 
 def settle(

@@ -1,0 +1,74 @@
+"""Inputs with one tensor in another shape, and the shapes that a failed call asks for."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+Inputs = dict[str, Any]
+MISCOUNTED = re.compile(r"shape '\[([\d, ]+)\]' is invalid for input of size (\d+)")
+
+
+def counted(message: str, names: Sequence[str], inputs: Inputs) -> Iterator[Inputs]:
+    """The size of an axis with which there are as many elements as a reshape wants."""
+    told = MISCOUNTED.search(message)
+    if told is None:
+        return
+    wanted, given = math.prod(map(int, told[1].split(","))), int(told[2])
+    for name in names:
+        for path, leaf in leaves(inputs, name):
+            for axis in range(leaf.dim() - 1, 0, -1):
+                size, rest = divmod(leaf.shape[axis] * wanted, given)
+                if size and not rest:
+                    yield placed(inputs, path, resized(leaf, axis, size))
+
+
+def repeated(
+    shapes: Sequence[tuple[int, ...]], batch: int, names: Sequence[str], inputs: Inputs
+) -> Iterator[Inputs]:
+    """A prompt for every frame, where a call was given frames in place of samples."""
+    rows = dict.fromkeys(shape[0] for shape in shapes if shape)
+    times = [count // batch for count in rows if count > batch and count % batch == 0]
+    for name in names:
+        for path, leaf in leaves(inputs, name):
+            if leaf.dim() == 3 and leaf.shape[0] == batch:
+                for count in times:
+                    yield placed(inputs, path, leaf.repeat_interleave(count, 0))
+
+
+def leaves(inputs: Inputs, name: str) -> list[tuple[Any, torch.Tensor]]:
+    """The tensors of an argument, with their paths."""
+    found = pytree.tree_flatten_with_path({name: inputs[name]})[0]
+    return [(path, leaf) for path, leaf in found if isinstance(leaf, torch.Tensor)]
+
+
+def placed(inputs: Inputs, path: Any, value: torch.Tensor) -> Inputs:
+    """The inputs with another tensor in one place; of a list of equals, in all of them."""
+    name = path[0].key
+    old = next(leaf for where, leaf in leaves(inputs, name) if where == path)
+    alike = isinstance(inputs[name], (list, tuple))
+
+    def change(where: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        same = where == path or (alike and leaf.shape == old.shape)
+        return value.clone() if same else leaf
+
+    changed: Inputs = pytree.tree_map_with_path(change, {name: inputs[name]})
+    return inputs | changed
+
+
+def resized(value: torch.Tensor, axis: int, size: int) -> torch.Tensor:
+    """A tensor with another size of an axis: cut off, or repeated."""
+    return value.index_select(axis, torch.arange(size) % max(value.shape[axis], 1))
+
+
+def reshaped(value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The values over another shape: cut off, or repeated."""
+    count = torch.Size(shape).numel()
+    return value.flatten()[torch.arange(count) % max(value.numel(), 1)].reshape(shape)
