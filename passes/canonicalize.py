@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -230,16 +231,23 @@ def merge_duplicates(graph: fx.Graph, log: Log) -> None:
 def fold_constants(graph: fx.Graph, weights: WeightStore, log: Log) -> None:
     """Calls on weights and numbers alone -> a stored tensor, where that costs little space."""
     for node in calls(graph):
-        sources = node.all_input_nodes
+        made = _made_by(node)
+        sources = made.all_input_nodes
         value = value_of(node)
         constant = (
             all(source.op == "get_attr" for source in sources)
             and isinstance(value, torch.Tensor)
-            and _pure(node)
+            and _pure(made)
             and _small(value, sources)
         )
         if constant and log.spend("constant"):
             _fold(graph, node, weights)
+
+
+def _made_by(node: fx.Node) -> fx.Node:
+    """The call that computes what a node gives: of one of several results, the call of all."""
+    source = node.args[0] if node.target is operator.getitem else node
+    return source if isinstance(source, fx.Node) and source.op == "call_function" else node
 
 
 def _small(value: torch.Tensor, sources: list[fx.Node]) -> bool:
@@ -253,9 +261,11 @@ def _fold(graph: fx.Graph, node: fx.Node, weights: WeightStore) -> None:
     def real(source: fx.Node) -> torch.Tensor:
         return weights[str(source.target)]
 
+    made = _made_by(node)
     with torch.no_grad():
-        args, kwargs = fx.map_arg(node.args, real), fx.map_arg(node.kwargs, real)
-        value = node.target(*args, **kwargs)  # type: ignore[operator]
+        args, kwargs = fx.map_arg(made.args, real), fx.map_arg(made.kwargs, real)
+        value = made.target(*args, **kwargs)  # type: ignore[operator]
+    value = value if made is node else value[node.args[1]]
     name = unused_name(weights, f"folded.{node.name}")
     with graph.inserting_before(node):
         folded = emit_weight(graph, weights, name, value.contiguous())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from dataclasses import replace
 
 import pytest
@@ -240,6 +241,33 @@ def test_a_large_weight_folds_into_one_as_large():
     )  # fmt: skip
     assert targets(result) == ["linear.default"]
     assert [tensor.numel() for tensor in result.weights.values()] == [90000]
+
+
+def test_pieces_of_a_constant_are_constants():
+    def rotated(x, table):
+        first, second = torch.polar(table, table).split([1, 3], 1)
+        turn = torch.cat([second, first], 1)[:, :2]
+        return torch.view_as_real(torch.view_as_complex(x.reshape(2, 2, 2)) * turn[:2])
+
+    result = canonicalized(rotated, (2, 4))
+    assert targets(result) == ["reshape.default", "view_as_complex.default", "mul.Tensor",
+                               "view_as_real.default"]  # fmt: skip
+    (folded,) = result.weights.values()
+    assert folded.shape == (2, 2)
+
+
+def test_pieces_of_what_changes_or_is_drawn_are_not_constants():
+    split = canonicalized(lambda x: x.split([1, 3], 1)[1])
+    assert "split_with_sizes.default" in targets(split)
+    drawn = captured(lambda x, w: x + w.sum(), (2, 4))
+    graph, _ = clone(drawn.parts[0].graph)
+    weight = next(node for node in graph.nodes if node.op == "get_attr")
+    with graph.inserting_before(graph.output_node()):
+        both = emit(graph, aten.native_dropout.default, weight, 0.5, True)
+        set_outputs(graph, [emit(graph, operator.getitem, both, 0)])
+    parts = (replace(drawn.parts[0], graph=graph),)
+    result = Canonicalize().run(replace(drawn, parts=parts), Work())
+    assert "native_dropout.default" in targets(result)
 
 
 def test_folded_constants_of_two_parts_do_not_meet():
