@@ -19,7 +19,7 @@ from torch import nn
 from effuse import __version__, artifact, stream
 from effuse.build_buckets import Bucket, buckets_of, capture_open, to_build
 from effuse.calibrate import Progress, calibrate, draw_calls, drive, layer_values, needs_of
-from effuse.capture_unwrap import parameter_names, unwrapped
+from effuse.capture_unwrap import by_name, parameter_names, unwrapped
 from effuse.config import Config
 from effuse.cost import part_costs, plan_costs, rate_costs
 from effuse.dump import dump
@@ -56,7 +56,8 @@ def capture_program(
         from effuse.examples import derive_inputs
 
         device = torch.device("cpu") if config.stream else None
-        inputs = derive_inputs(network, timestep=first, device=device)
+        with by_name(network):
+            inputs = derive_inputs(network, timestep=first, device=device)
     elif times is not None:
         inputs = on_schedule(inputs, times, config)
     known = None if times is None else as_given(times, inputs, config)

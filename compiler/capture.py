@@ -31,7 +31,7 @@ from effuse.capture_inputs import (
     flatten_inputs,
     symbolic_axes,
 )
-from effuse.capture_unwrap import uncompiled, unwrapped
+from effuse.capture_unwrap import by_name, uncompiled, unwrapped
 from effuse.capture_values import Record, recorded, replayed
 from effuse.errors import CaptureError
 from effuse.graph import eliminate, set_outputs
@@ -65,7 +65,7 @@ def capture(
     """
     model = unwrapped(model)
     check_model(model)
-    with uncompiled(model):
+    with uncompiled(model), by_name(model):
         return captured(model, inputs, roles, dynamic, timesteps)
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from effuse.capture import capture
+from effuse.capture_unwrap import by_name
 from effuse.cost import rate_costs
 from effuse.errors import ConfigError, nearest, require
 from effuse.plan import Role
@@ -71,7 +72,8 @@ def inspect_network(
     if inputs is None:
         from effuse.examples import derive_inputs
 
-        inputs = derive_inputs(model, batch=1)
+        with by_name(model):
+            inputs = derive_inputs(model, batch=1)
     ghost = _on_meta(model).eval()
     program = capture(ghost, pytree.tree_map(_ghost, dict(inputs)), roles=roles)
     names = {name for name, _ in ghost.named_parameters(remove_duplicate=False)}

@@ -23,7 +23,7 @@ def parts_of(folder: Path, manifest: Manifest) -> dict[str, Manifest]:
     Raises:
         ArtifactError: one of them cannot be read.
     """
-    found = {}
+    found: dict[str, Manifest] = {}
     for name, each in entries_of(manifest):
         file = folder / each["folder"] / artifact.MANIFEST
         kind = manifest["components"][name]["class"].rpartition(".")[2]

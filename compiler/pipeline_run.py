@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -102,12 +103,12 @@ class CompiledPipeline:
             raise InputError("negative: the pipeline treats an empty one apart; leave it out")
         texts = repeated(prompt, negative, images, recipe["latents"]["shape"][0])
         drawn = noise_for(recipe["latents"]["shape"], len(texts), seed, noise)
-        steps, done = len(recipe["network"]["times"]), 0
+        steps = len(recipe["network"]["times"])
+        count = Count(on_step, steps * len(texts))
         pictures = []
-        for pair, each in zip(texts, drawn, strict=True):
-            pictures.append(self._picture(*pair, each, guidance, lambda n, _, done=done: on_step(
-                done + n, steps * len(texts))))  # fmt: skip
-            done += steps
+        for number, (pair, each) in enumerate(zip(texts, drawn, strict=True)):
+            count.before = number * steps
+            pictures.append(self._picture(*pair, each, guidance, count))
         return np.concatenate(pictures)
 
     def _picture(
@@ -194,6 +195,19 @@ class CompiledPipeline:
         kind = self.manifest["pipeline"]["class"].rpartition(".")[2]
         names = ", ".join(self.components) or "nothing"
         return f"<effuse.CompiledPipeline {kind}: {names} compiled, {self.size / 1e6:.1f} MB>"
+
+
+@dataclass
+class Count:
+    """Tells the steps of one run as those of all runs."""
+
+    on_step: Callable[[int, int], None]
+    total: int
+    before: int = 0  # steps of earlier runs
+
+    def __call__(self, done: int, _: int) -> None:
+        """A step of the run is done."""
+        self.on_step(self.before + done, self.total)
 
 
 def repeated(

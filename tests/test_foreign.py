@@ -13,9 +13,10 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from effuse.backends.reference import session
-from effuse.build import timesteps_of
+from effuse.build import capture_program, timesteps_of
 from effuse.capture import capture
 from effuse.capture_unwrap import parameter_names, unwrapped
+from effuse.config import Config
 from effuse.errors import CaptureError
 from effuse.graph import calls
 from effuse.pass_manager import run_passes
@@ -72,6 +73,55 @@ class Holding(Passing):
         return self.module.module(*args, **kwargs)
 
 
+class Named(nn.Module):
+    """Hands its own arguments on, in another order, by name."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.net(t=t, x=x)
+
+
+class Other(Named):
+    """Under other names than the network's."""
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return self.net(sample, timestep)
+
+
+class Swapped(Named):
+    """The same names, in another order."""
+
+    def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x, t)
+
+
+class Defaulting(Named):
+    """Fills in what is not given."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor | None = None) -> torch.Tensor:
+        return self.net(x, x.new_full((len(x),), 5.0) if t is None else t)
+
+
+class Casting(Passing):
+    """Computes with other numbers inside than outside."""
+
+    def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.module(*args, **kwargs)
+
+
+class Positional(Net):
+    """Takes its arguments by position only."""
+
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, t: torch.Tensor, scale: float = 2.0, /, more: float = 0.0
+    ) -> torch.Tensor:
+        return super().forward(x, t) * scale + more
+
+
 class Branch(nn.Module):
     """A linear layer with a LoRA beside it, as it is attached, switched off, or merged."""
 
@@ -107,14 +157,57 @@ def same(program: Program, model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrap", [nn.DataParallel, Passing, Holding, torch.compile, lambda m: Passing(torch.compile(m))]
-)
+    "wrap", [nn.DataParallel, Passing, Holding, torch.compile, lambda m: Passing(torch.compile(m)),
+             Named, lambda m: Named(torch.compile(Named(m)))]
+)  # fmt: skip
 def test_a_wrapper_is_seen_through(wrap: Callable[[nn.Module], nn.Module]) -> None:
     model = net()
     program = capture(wrap(model).eval(), inputs())
     assert set(program.weights) == NAMES and program.parameters == ("x", "t")
     assert program.model["class"] == "Net"
     same(program, model)
+
+
+@pytest.mark.parametrize("wrap", [Other, Swapped, Defaulting])
+def test_a_wrapper_that_changes_a_call_is_a_part_of_the_network(wrap: type[nn.Module]) -> None:
+    model = wrap(net()).eval()
+    assert unwrapped(model) is model
+    names = {"x": "sample", "t": "timestep"} if wrap is Other else {}
+    given = {names.get(name, name): value for name, value in inputs().items()}
+    if wrap is Defaulting:
+        del given["t"]
+    program = capture(model, given)
+    assert set(program.weights) >= {f"net.{name}" for name in NAMES}
+    with torch.no_grad():
+        assert torch.equal(run_program(program, program.examples)[0], model(**given))
+
+
+def test_a_wrapper_that_switches_autocast_on_is_refused() -> None:
+    with pytest.raises(CaptureError, match=r"autocast to torch\.bfloat16"):
+        capture(Casting(net()).eval(), inputs())
+
+
+@pytest.mark.parametrize("more", [{}, {"scale": 3.0}, {"more": 1.0}])
+def test_arguments_by_position_only(more: dict[str, float]) -> None:
+    model = Positional().eval().requires_grad_(False)
+    program = capture(model, {**inputs(), **more})
+    assert program.parameters == ("x", "t", "scale", "more") and "forward" not in vars(model)
+    found = session(run_passes(program, (Canonicalize(), Hoist())))(*inputs().values(), **more)
+    given = (*inputs().values(), more.get("scale", 2.0))
+    assert torch.equal(found, model(*given, more=more.get("more", 0.0)))
+
+
+def test_example_inputs_of_arguments_by_position_only() -> None:
+    class Short(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(4, 4, 1)
+
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor, /) -> torch.Tensor:
+            return self.layer(sample) + timestep.reshape(-1, 1, 1, 1)
+
+    program = capture_program(Short().eval(), None, None, Config(passes=()))
+    assert program.parameters == ("sample", "timestep")
 
 
 def test_what_computes_or_has_hooks_is_no_mere_wrapper() -> None:
@@ -174,7 +267,7 @@ def test_lora_layers_are_the_arithmetic_that_they_are(how: str, linears: int) ->
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_peft_layers(wrapped: bool) -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="LoRA layers of the package peft: not installed")
     config = peft.LoraConfig(r=2, target_modules=["mid", "first"], init_lora_weights=False)
     attach = peft.get_peft_model if wrapped else lambda m, c: peft.inject_adapter_in_model(c, m)
     model = attach(net(), config).eval().requires_grad_(False)
@@ -193,7 +286,7 @@ def test_an_exported_network_needs_no_eval() -> None:
     ("change", "reason"),
     [
         (torch.jit.script, "scripted or traced from"),
-        (lambda model: model.forward, "expected a torch.nn.Module, got method"),
+        (lambda model: lambda x: model(x), "expected a torch.nn.Module, got function"),
         (lambda model: torch.ao.quantization.quantize_dynamic(model, {nn.Linear}),
          "'time' is quantized already"),
     ],
