@@ -418,8 +418,8 @@ def guessed(net: Network, name: str, missed: bool = False) -> Any:
 def one_of(net: Network, name: str, default: Any) -> Any:
     """What the config sets a plain argument to, or the first it offers: `scale` of `scales`."""
     offered = net.config.get(f"{name}s")
-    fits = isinstance(offered, (list, tuple)) and offered and isinstance(offered[0], type(default))
-    return net.config.get(name, offered[0] if fits else default)
+    first = offered[0] if isinstance(offered, (list, tuple)) and offered else None
+    return net.config.get(name, first if isinstance(first, type(default)) else default)
 
 
 def listed(made: Any, told: str) -> Any:
