@@ -28,8 +28,10 @@ from effuse.passes.activation_scales import Ranges
 from effuse.passes.base import Pass, Work
 from effuse.passes.quantize_measure import Quality, measure
 from effuse.passes.quantize_sites import (
+    KEPT,
     Recipe,
     first_layers,
+    kept,
     last_layers,
     misfit,
     recipe,
@@ -51,6 +53,7 @@ aten, ops = torch.ops.aten, torch.ops.effuse
 QUANTIZED = (ops.quantize.default, ops.dequantize.default, ops.linear_dynamic.default,
              ops.conv2d_dynamic.default, ops.unpack.default, ops.fake_quantize.default,
              ops.widen.default)  # fmt: skip
+KEPT_KINDS = tuple(set(KEPT.values()))
 DB_PER_BIT = 3.0  # of the bound: half of what a bit is worth
 BLIND = {"rounding": "nearest", "correct_bias": False}  # options, as they are without calibration
 
@@ -167,6 +170,12 @@ class Quantize(Pass):
         unfit = [reason for reason in reasons if "groups of" in reason]
         if unfit and all(reasons):
             raise PassError(f"no layer can be quantized: {unfit[0]}")
+        asked = {path for path, name in self.layers if name != "float"}
+        never = [
+            each for each in layers if each.name in asked and each.reason.startswith(KEPT_KINDS)
+        ]
+        if never:
+            raise PassError(f"layers: {never[0].name!r} is a {never[0].reason}")
         unknown = [path for path, _ in self.layers if path not in {each.name for each in layers}]
         if unknown:
             raise PassError(
@@ -229,6 +238,9 @@ class Job:
             ratio = quality.get(site.name)
             layers.append(self._settle(site, how, reasons[site], ratio, writer, mapping))
             self.work.progress("quantize layers", number, len(recipes))
+        for site, why in kept(part, self.weights).items():
+            self.work.log.reject("quantize", why.split(":")[0])
+            layers.append(layer(site, "float", None, why))
         if self.options.scores and part.rate is Rate.STEP:
             quantize_scores(graph, self.program.sources, self.options.scores, self.work.log)
         eliminate(graph)

@@ -20,6 +20,13 @@ from effuse.weights import Weights, peek
 aten = torch.ops.aten
 
 SITES = (aten.conv2d.default, aten.linear.default)
+# Layers that no format has integers for; they are listed, so that nobody looks for them in vain.
+KEPT = {
+    aten.conv3d.default: "three-dimensional convolution",
+    aten.conv_transpose1d.default: "transposed convolution",
+    aten.conv_transpose2d.input: "transposed convolution",
+    aten.conv_transpose3d.input: "transposed convolution",
+}
 LAYERS = (*SITES, *BRANCH)  # a path through a branch goes through a layer
 
 
@@ -87,6 +94,17 @@ def sites(part: Part, weights: Weights) -> list[fx.Node]:
         if stored and peek(weights, str(weight.target)).is_floating_point():  # type: ignore[union-attr]
             found.append(node)
     return found
+
+
+def kept(part: Part, weights: Weights) -> dict[fx.Node, str]:
+    """The layers of other kinds, which stay in float, and why."""
+    return {
+        node: f"{KEPT[node.target]}: only linear layers and convolutions of one or two dimensions "
+        "are quantized"
+        for node in calls(part.graph, *KEPT)
+        if isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr"
+        and peek(weights, str(node.args[1].target)).is_floating_point()
+    }  # fmt: skip
 
 
 def first_layers(part: Part, program: Program) -> set[fx.Node]:
