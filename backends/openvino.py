@@ -25,7 +25,10 @@ from effuse.backends.onnx_integer import (
     restore_weights,
     unsupported,
 )
+from effuse.backends.openvino_attention import ATTENTION, share_transposes, write_attention
 from effuse.backends.openvino_ranges import merge_ranges
+from effuse.backends.openvino_sums import float_sums
+from effuse.backends.openvino_tables import join_tables
 from effuse.devices import BRAIN
 from effuse.errors import BackendError, require
 from effuse.graph import calls, clone, eliminate, emit, emit_weight, substitute, value_of
@@ -45,7 +48,10 @@ LAYOUT = (
     aten.flatten.using_ints, aten.unflatten.int, aten.unsqueeze.default, aten.squeeze.dim,
 )  # fmt: skip
 
-adapt = merge_ranges  # of build.lower: what the back end cannot but change, before it is checked
+
+def adapt(program: Program) -> Program:
+    """What the back end changes before it is checked: roundings that its kernels do not ask for."""
+    return merge_ranges(float_sums(program))
 
 
 def absent(target: str | None) -> str | None:
@@ -119,7 +125,10 @@ def export_part(part: Part, program: Program) -> tuple[Any, int]:
 def prepare(graph: fx.Graph, weights: WeightStore) -> None:
     """Rewrite a copy of a part for OpenVINO; exact."""
     onnx_ops.idle_squeezes(graph)
+    join_tables(graph, weights)
     lift_pairs(graph)
+    write_attention(graph)
+    share_transposes(graph)
     store_widened(graph, weights)
     bind_nbits(graph, weights)
     restore_weights(graph)
@@ -130,7 +139,8 @@ def lift_pairs(graph: fx.Graph) -> None:
     """dequantize(quantize(layout(x))) -> layout(dequantize(quantize(x))), of one scale.
 
     OpenVINO does so itself, and where a sum comes before leaves types behind that its folding of
-    constants then stumbles over: `Check 'convert->constant_fold(…)' failed`.
+    constants then stumbles over: `Check 'convert->constant_fold(…)' failed`. Behind attention they
+    stay: its kernel writes the layout that is read, if nothing comes between.
     """
     for node in calls(graph, ops.dequantize.default):
         steps: Any = node.args[0]
@@ -140,7 +150,7 @@ def lift_pairs(graph: fx.Graph) -> None:
         while source.target in LAYOUT:
             moves.append(source)
             source = source.args[0]
-        if not moves:
+        if not moves or source.target is ATTENTION:
             continue
         with graph.inserting_before(node):
             codes = emit(graph, steps.target, source, *steps.args[1:], like=steps)

@@ -7,6 +7,7 @@ What that costs is recorded, in dB on the examples.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -37,7 +38,7 @@ def merge_ranges(program: Program) -> Program:
         return program
     changed = replace(program, parts=tuple(part for part, _ in found), weights=weights)
     changed = prune_weights(changed)
-    return replace(changed, records=(*program.records, _record(program, changed, count)))
+    return measured(program, changed, {"ranges": count}, NOTE)
 
 
 def _merged(part: Part, weights: WeightStore) -> tuple[Part, int]:
@@ -103,7 +104,8 @@ def _stored(node: object, weights: WeightStore) -> torch.Tensor:
     return weights[str(node.args[1].target)]
 
 
-def _record(program: Program, changed: Program, count: int) -> Record:
+def measured(program: Program, changed: Program, rewrites: Mapping[str, int], note: str) -> Program:
+    """`changed` with a record of what was changed, and of the cost on the examples."""
     error = ratio = None
     if program.examples:
         with torch.no_grad():
@@ -111,4 +113,5 @@ def _record(program: Program, changed: Program, count: int) -> Record:
         pairs = zip(*runs, strict=True)
         ratio = min(sqnr_db(one.float().numpy(), two.float().numpy()) for one, two in pairs)
         error, ratio = float(f"{10 ** (-ratio / 20):.2g}"), round(ratio, 1)
-    return Record("openvino", {}, False, {"ranges": count}, {}, (NOTE,), error, ratio)
+    record = Record("openvino", {}, False, rewrites, {}, (note,), error, ratio)
+    return replace(changed, records=(*program.records, record))

@@ -132,6 +132,12 @@ def test_eight_bit_layers_run_in_integer_kernels_and_equal_reference(net, eight)
     assert set(eight.manifest["native"].values()) == {"native"}
 
 
+def test_attention_transposes_what_it_must_and_the_tables_are_read_at_once(eight):
+    kinds = Counter(each[0] for each in kernels(runtime(eight)))
+    assert kinds["Transpose"] == 4  # 7 as exported: the tokens thrice, the keys twice
+    assert kinds["Gather"] == 1
+
+
 class Tokens(nn.Module):
     """A sum over tokens between two 1×1 convolutions, as in a UNet's attention."""
 
