@@ -12,6 +12,7 @@ from torch import fx
 
 from effuse.backends.onnx_attention import fuse_attention
 from effuse.backends.onnx_integer import bind_integer_layers, bind_nbits, restore_weights
+from effuse.backends.onnx_resize import gather_uneven
 from effuse.backends.onnx_runtime_ops import MATMUL_NBITS, MULTI_HEAD_ATTENTION
 from effuse.graph import (
     calls,
@@ -202,6 +203,7 @@ TRANSLATIONS: dict[Any, Any] = {
 def prepare(graph: fx.Graph, weights: WeightStore, contrib: bool = True) -> None:
     """Rewrite a copy of a part for ONNX Runtime, with its own operators or without; exact."""
     idle_squeezes(graph)
+    gather_uneven(graph, weights)
     if contrib:
         fuse_attention(graph)
         bind_integer_layers(graph)
