@@ -25,7 +25,12 @@ def to_onnx(
 ) -> Any:  # fmt: skip
     """The exported program as an onnx_ir model, its ops written as `translations` say."""
     named = {"input_names": list(input_names), "output_names": list(output_names)}
-    settings = {**named, "opset_version": OPSET, "verbose": False, "optimize": False}
+    settings: dict[str, Any] = {
+        **named,
+        "opset_version": OPSET,
+        "verbose": False,
+        "optimize": False,
+    }
     if takes_table():
         core = import_module(f"{INTERNALS}._core")
         table = operators(tuple(translations.items()))

@@ -184,7 +184,13 @@ def attention(q: Any, k: Any, v: Any, bias: Any, heads: int, scale: float, causa
     )
 
 
+def copy(x: Any, source: Any, non_blocking: bool = False) -> Any:
+    """aten.copy, which spreads its source to the shape of x as the exporter's own form does not."""
+    return op.Expand(op.CastLike(source, x), op.Shape(x))
+
+
 TRANSLATIONS: dict[Any, Any] = {
+    aten.copy.default: copy,
     aten.group_norm.default: group_norm,
     ops.attention.default: attention,
     ops.quantize.default: quantize,

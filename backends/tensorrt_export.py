@@ -14,7 +14,8 @@ import torch
 from effuse.backends import tensorrt_builder as builder
 from effuse.backends.onnx import PartModule, example, exported, open_axes, strip
 from effuse.backends.tensorrt_ops import TRANSLATIONS, factor_name, prepare, retype
-from effuse.errors import require
+from effuse.errors import BackendError, require
+from effuse.formula import evaluated
 from effuse.graph import clone, inputs, value_of
 from effuse.onnx_store import Store
 from effuse.plan import factor_axes
@@ -180,9 +181,21 @@ def symbol_limits(program: Program) -> dict[str, tuple[int, int]]:
             ):
                 if isinstance(name, str):
                     symbol, factor = proportional(size)
-                    low, high = program.bounds[name]
+                    low, high = program.bounds.get(name) or ends(name, program.bounds)
                     found[symbol] = (-(-low // factor), high // factor)
     return found
+
+
+def ends(formula: str, bounds: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+    """The bounds of a size that follows from others."""
+    low, high = (evaluated(formula, {name: each[place] for name, each in bounds.items()})
+                 for place in range(2))  # fmt: skip
+    if low is None or high is None:
+        raise BackendError(
+            f"tensorrt: the bounds of an input's size, {formula}, are not known; compile for known "
+            "sizes, shapes=[…]"
+        )
+    return low, high
 
 
 def _size(size: Any, limits: Mapping[str, tuple[int, int]], place: int) -> int:

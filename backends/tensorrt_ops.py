@@ -63,7 +63,12 @@ def unpack(codes: Any, scale: Any, zero: Any, over: Any, quantizer: str, shape: 
 
 TRANSLATIONS: dict[Any, Any] = {
     key: RUNTIME[key]
-    for key in (aten.group_norm.default, ops.quantize.default, ops.dequantize.default)
+    for key in (
+        aten.copy.default,
+        aten.group_norm.default,
+        ops.quantize.default,
+        ops.dequantize.default,
+    )
 } | {ops.fake_quantize.default: quantize_e4m3, ops.unpack.default: unpack}
 
 

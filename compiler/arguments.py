@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from effuse.errors import InputError, nearest
+from effuse.formula import evaluated
 from effuse.plan import Input, ProgramSpec, Role
 
 
@@ -94,6 +95,8 @@ def _check_constants(spec: ProgramSpec, given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if name in captured or name == "return_dict" or value is None:
             continue
+        if hasattr(value, "manual_seed"):  # a random generator: what draws numbers is not captured
+            continue
         if name in spec.constants and _equal(spec.constants[name], value):
             continue
         was = f"captured as {spec.constants[name]!r}" if name in spec.constants else "not captured"
@@ -158,6 +161,16 @@ def check_shapes(spec: ProgramSpec, values: Mapping[str, Any]) -> None:
         for want, got in zip(item.shape, shape, strict=True):
             if isinstance(want, str):
                 _check_size(want, got, item, sizes, spec)
+    _check_derived(sizes)
+
+
+def _check_derived(sizes: Mapping[str, tuple[int, str]]) -> None:
+    """Refuse a size that has to follow from others, and does not."""
+    known = {name: size for name, (size, _) in sizes.items()}
+    for name, (size, where) in sizes.items():
+        wanted = size if name.isidentifier() else evaluated(name, known)
+        if wanted not in (None, size):
+            raise InputError(f"{where}: expected a size of {wanted} ({name}), got {size}")
 
 
 def _check_size(

@@ -16,12 +16,14 @@ from torch.utils import _pytree as pytree
 from effuse.buckets import Sizes, bounds_of, completed, label_of, sizes_text
 from effuse.capture import capture
 from effuse.capture_inputs import (
+    Leaf,
     copied,
     flatten_inputs,
     named_axes,
     named_sizes,
     replaced,
 )
+from effuse.capture_layout import laid_out
 from effuse.config import Config
 from effuse.cost import part_costs, plan_costs
 from effuse.errors import BackendError, CaptureError, EffuseError, InputError
@@ -53,17 +55,18 @@ def capture_open(
     Raises:
         EffuseError: no example gives a graph that is right for all sizes.
     """
-    wanted = {**dict.fromkeys(config.dynamic, None)}
-    wanted |= dict.fromkeys(name for sizes in config.shapes for name in sizes)
+    wanted = wanted_sizes(config)
     if not wanted:
         return capture(network, place(inputs), roles=config.roles, timesteps=timesteps), inputs
-    roles = input_roles(inputs, config)
-    own = {name: size for name, size in named_sizes(inputs, roles).items() if name in wanted}
+    leaves, _ = flatten_inputs(dict(inputs))
+    roles = infer_roles({leaf.label: leaf.tensor.dim() for leaf in leaves}, config.roles)
+    leaves = laid_out(network, inputs, leaves, roles, wanted)
+    own = {name: size for name, size in named_sizes(leaves, roles).items() if name in wanted}
     shapes = completed(config.shapes, own) if config.shapes else ()
     bounds = {**(bounds_of((*shapes, own)) if shapes else {}), **config.dynamic}
     failure: EffuseError | None = None
     for sizes in examples_of(own, shapes, bounds):
-        given = at_sizes(inputs, roles, sizes)
+        given = at_sizes(inputs, leaves, roles, sizes)
         try:
             program = capture(
                 network, place(given), roles=config.roles, dynamic=bounds, timesteps=timesteps
@@ -78,10 +81,9 @@ def capture_open(
     raise failure
 
 
-def input_roles(inputs: Mapping[str, Any], config: Config) -> dict[str, Role]:
-    """The roles of the example inputs, by their labels."""
-    leaves, _ = flatten_inputs(dict(inputs))
-    return infer_roles({leaf.label: leaf.tensor.dim() for leaf in leaves}, config.roles)
+def wanted_sizes(config: Config) -> list[str]:
+    """The names of the sizes that are left open, or given in buckets."""
+    return list(dict.fromkeys([*config.dynamic, *(n for sizes in config.shapes for n in sizes)]))
 
 
 def examples_of(own: Sizes, shapes: tuple[Sizes, ...], bounds: Bounds) -> list[dict[str, int]]:
@@ -99,10 +101,9 @@ def examples_of(own: Sizes, shapes: tuple[Sizes, ...], bounds: Bounds) -> list[d
 
 
 def at_sizes(
-    inputs: Mapping[str, Any], roles: Mapping[str, Role], sizes: Sizes
+    inputs: Mapping[str, Any], leaves: list[Leaf], roles: Mapping[str, Role], sizes: Sizes
 ) -> Mapping[str, Any]:
     """The inputs cut, or repeated, to these sizes."""
-    leaves, _ = flatten_inputs(dict(inputs))
     found = {}
     for leaf in leaves:
         shape = list(leaf.tensor.shape)

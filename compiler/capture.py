@@ -9,19 +9,20 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from effuse.arguments import digest
 from effuse.capture_checks import (
     check_model,
     check_random,
-    check_ranges,
     check_signature,
     check_timesteps,
     explain,
     is_fixed,
-    size_steps,
 )
+from effuse.capture_data import DataDetached
+from effuse.capture_derived import checked_steps, derived_sizes
 from effuse.capture_inline import inline_modes
 from effuse.capture_inputs import (
     Leaf,
@@ -31,6 +32,7 @@ from effuse.capture_inputs import (
     flatten_inputs,
     symbolic_axes,
 )
+from effuse.capture_layout import laid_out
 from effuse.capture_unwrap import by_name, uncompiled, unwrapped
 from effuse.capture_values import Record, recorded, replayed
 from effuse.errors import CaptureError
@@ -82,16 +84,18 @@ def captured(
     leaves, constants = flatten_inputs(inputs)
     found = infer_roles({leaf.label: leaf.tensor.dim() for leaf in leaves}, roles)
     check_timesteps(leaves, found, timesteps)
+    leaves = laid_out(model, inputs, leaves, found, dynamic or {})
     shapes = dynamic_shapes(inputs, leaves, found, dynamic or {})
     exported, fixed = traced(model, inputs, shapes, found)
     found |= fixed
     graph, weights, names = unlift(exported, [leaf.path for leaf in leaves])
     check_random(graph)
     symbols = symbol_names(leaves, names, graph, found, dynamic or {})
-    check_ranges(exported, symbols, dynamic or {})
+    steps = checked_steps(exported, graph, symbols, dynamic or {})
     expected, result = expected_outputs(model, inputs, exported)
+    words = {**derived_sizes(graph, symbols), **symbols}
     described = tuple(
-        described_input(leaf, name, found[leaf.label], sizes(graph, name, symbols))
+        described_input(leaf, name, found[leaf.label], sizes(graph, name, words))
         for leaf, name in zip(leaves, names, strict=True)
     )
     part = whole(graph, described)
@@ -106,7 +110,7 @@ def captured(
         weights=weights,
         timesteps=timesteps,
         bounds=dict(dynamic or {}),
-        steps=size_steps(graph, symbols, dynamic or {}),
+        steps=steps,
         examples={} if on_meta else {n: v.tensor for n, v in zip(names, leaves, strict=True)},
         expected=None if on_meta else expected,
         model=describe(model),
@@ -157,13 +161,24 @@ def traced(
     they can be the same at every step.
     """
     try:
-        return export(model, inputs, shapes), {}
+        exported = export(model, inputs, shapes)
+        if not unknown_sizes(exported):
+            return exported, {}
+        record = None if shapes is not None else readable(model, inputs, roles)
+        if record is None:
+            return exported, {}
     except CaptureError as error:
         record = None if shapes is not None else readable(model, inputs, roles)
         if record is None:
             raise error
     with replayed(model, record.values):
         return export(model, inputs, None), dict.fromkeys(record.labels, Role.STATIC)
+
+
+def unknown_sizes(exported: ExportedProgram) -> bool:
+    """Whether a size in the graph follows from a tensor's values: x[mask] has one."""
+    return any(free_unbacked_symbols(node.meta.get("val")) for node in exported.graph.nodes
+               if isinstance(node.meta.get("val"), torch.Tensor))  # fmt: skip
 
 
 def readable(
@@ -185,7 +200,7 @@ def export(
 ) -> ExportedProgram:
     """torch.export without decompositions; failures are told in terms of the user's source."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), DataDetached():
             exported = torch.export.export(
                 model, (), dict(inputs), dynamic_shapes=shapes, strict=False
             )

@@ -13,6 +13,7 @@ from effuse.errors import InputError, nearest
 from effuse.plan import STEP_INPUT, Role
 
 SYMBOLS = ("batch", "height", "width", "frames", "length", "tokens")
+FRAMES_AXIS = 2  # of a latent (batch, channels, frames, height, width)
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Leaf:
 
     path: tuple[str, ...]
     tensor: torch.Tensor
+    frames: int = FRAMES_AXIS  # the axis of frames, if it is a latent that has some
 
     @property
     def label(self) -> str:
@@ -78,12 +80,15 @@ def dynamic_shapes(
         for axis, word in axes[leaf.label].items():
             check_example_size(leaf.label, word, leaf.tensor.shape[axis], dynamic[word])
 
+    following = {leaf.label: following_axes(leaf, roles, leaves) for leaf in leaves}
+
     def dims(name: str, path: Any, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return None
-        found = axes[".".join((name, *map(_key, path)))]
-        auto = torch.export.Dim.AUTO
-        return {axis: auto(min=dynamic[s][0], max=dynamic[s][1]) for axis, s in found.items()}
+        label, auto = ".".join((name, *map(_key, path))), torch.export.Dim.AUTO
+        bounds = {axis: dynamic[word] for axis, word in axes[label].items()}
+        named = {axis: auto(min=low, max=high) for axis, (low, high) in bounds.items()}
+        return dict.fromkeys(following[label], auto) | named
 
     return {
         name: pytree.tree_map_with_path(lambda path, leaf, name=name: dims(name, path, leaf), value)
@@ -133,20 +138,20 @@ def symbolic_axes(
 def named_axes(leaf: Leaf, roles: Mapping[str, Role], leaves: list[Leaf]) -> dict[int, str]:
     """Axis -> name of the size.
 
-    A latent is (batch, …, height, width), (batch, tokens, channels) or (batch, channels, width); a
-    prompt is (batch, length, …). What else has one of their sizes, as position ids, masks and
-    conditions do, has its name.
+    A latent is (batch, …, height, width), of a video with frames before or behind its channels,
+    (batch, tokens, channels) or (batch, channels, width); a prompt is (batch, length, …). What else
+    has one of their sizes, as position ids, masks and conditions do, has its name.
     """
     latent = next(other.tensor for other in leaves if roles[other.label] is Role.LATENT)
     shape, axes = leaf.tensor.shape, {}
     if shape and shape[0] == latent.shape[0]:
         axes[0] = "batch"
     if roles[leaf.label] is Role.LATENT:
-        return axes | _latent_axes(len(shape))
+        return axes | _latent_axes(leaf)
     if roles[leaf.label] is not Role.PROMPT:
         return axes
     if len(shape) >= 4 and len(shape) == latent.dim():
-        own = _latent_axes(len(shape)).items()
+        own = _latent_axes(leaf).items()
         return axes | {axis: name for axis, name in own if shape[axis] == latent.shape[axis]}
     text = next((o.tensor for o in leaves if roles[o.label] is Role.PROMPT and o.tensor.dim() == 3),
                 None)  # fmt: skip
@@ -159,22 +164,32 @@ def named_axes(leaf: Leaf, roles: Mapping[str, Role], leaves: list[Leaf]) -> dic
     return axes
 
 
-def _latent_axes(dims: int) -> dict[int, str]:
+def _latent_axes(leaf: Leaf) -> dict[int, str]:
     """The named axes of a latent behind its first."""
+    dims = leaf.tensor.dim()
     if dims == 3:
         return {1: "tokens", 2: "width"}
     axes = {dims - 2: "height", dims - 1: "width"} if dims >= 4 else {}
-    return axes | ({2: "frames"} if dims == 5 else {})
+    return axes | ({leaf.frames: "frames"} if dims == 5 else {})
 
 
-def named_sizes(inputs: Mapping[str, Any], roles: Mapping[str, Role]) -> dict[str, int]:
+def named_sizes(leaves: list[Leaf], roles: Mapping[str, Role]) -> dict[str, int]:
     """The named sizes of the example inputs."""
-    leaves, _ = flatten_inputs(dict(inputs))
     found: dict[str, int] = {}
     for leaf in leaves:
         for axis, name in named_axes(leaf, roles, leaves).items():
             found.setdefault(name, leaf.tensor.shape[axis])
     return found
+
+
+def following_axes(leaf: Leaf, roles: Mapping[str, Role], leaves: list[Leaf]) -> list[int]:
+    """The axes of an input none of whose sizes has a name: they may follow from those that have.
+
+    Rotary tables do, with a row for each token of a picture.
+    """
+    if roles[leaf.label] is not Role.PROMPT or named_axes(leaf, roles, leaves):
+        return []
+    return [axis for axis, size in enumerate(leaf.tensor.shape) if size > 1]
 
 
 def replaced(inputs: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:

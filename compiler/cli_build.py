@@ -16,7 +16,9 @@ from torch import nn
 
 from effuse import api, artifact, build
 from effuse.buckets import completed, sizes_text
+from effuse.build_buckets import wanted_sizes
 from effuse.capture_inputs import dynamic_shapes, flatten_inputs, named_sizes
+from effuse.capture_layout import laid_out
 from effuse.cli_text import check_place, out, shape_text, size_text, table, whole_file
 from effuse.config import Config
 from effuse.config import resolve as resolve_config
@@ -209,7 +211,7 @@ def dry_run(request: Request, output: Path | None, page: Path | None) -> None:
     times = build.timesteps_of(request.schedule())
     network = resolve(request.model)
     show_config(console, settings, times)
-    show_inputs(console, settings, example_inputs(request, network, times))
+    show_inputs(console, settings, network, example_inputs(request, network, times))
     show_output(console, settings, network, output, page)
 
 
@@ -246,10 +248,13 @@ def options_text(each: Pass) -> str:
     return ", ".join(f"{name}={value}" for name, value in options if value != ()) or "-"
 
 
-def show_inputs(console: Console, settings: Config, inputs: Mapping[str, Any]) -> None:
+def show_inputs(
+    console: Console, settings: Config, network: nn.Module, inputs: Mapping[str, Any]
+) -> None:
     """The inputs with their roles and shapes, and the sizes left open."""
     leaves, constants = flatten_inputs(inputs)
     roles = infer_roles({leaf.label: leaf.tensor.dim() for leaf in leaves}, settings.roles)
+    leaves = laid_out(network, inputs, leaves, roles, wanted_sizes(settings))
     dynamic_shapes(inputs, leaves, roles, settings.dynamic)  # raises for a size of no known name
     rows = table("input", "role", "shape", "dtype")
     for leaf in leaves:
@@ -262,7 +267,7 @@ def show_inputs(console: Console, settings: Config, inputs: Mapping[str, Any]) -
     console.print(rows)
     for name, (low, high) in settings.dynamic.items():
         console.print(f"  {name} is left open, {low} to {high}")
-    for sizes in completed(settings.shapes, named_sizes(inputs, roles)):
+    for sizes in completed(settings.shapes, named_sizes(leaves, roles)):
         console.print(f"  a program of its own for {sizes_text(sizes)}")
 
 

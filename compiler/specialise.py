@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from effuse.buckets import label_of, renamed, sizes_text
+from effuse.derived import equalities
 from effuse.errors import CaptureError
 from effuse.graph import (
     INHERITED,
@@ -106,6 +107,10 @@ def symbol_numbers(program: Program, sizes: Mapping[str, int]) -> dict[str, int]
                         f"{factor} only"
                     )
                 found[symbol] = sizes[word] // factor
+    for symbol, size in equalities(program.parts[-1].graph):
+        free = {each: found.get(str(each)) for each in size.free_symbols}
+        if str(symbol) not in found and None not in free.values():
+            found[str(symbol)] = int(size.subs(free))
     return found
 
 

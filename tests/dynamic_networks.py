@@ -1,4 +1,4 @@
-"""Tiny networks whose sizes are left open: UNet, DiT of a native size, tokens with ids, video."""
+"""Tiny networks whose sizes are left open: UNet, DiT of a native size, tokens with ids, videos."""
 
 from __future__ import annotations
 
@@ -152,6 +152,26 @@ class Video(nn.Module):
         return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
 
+class Clip(nn.Module):
+    """Frames before channels; rotary tables as inputs, positions written through `.data`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.time = nn.Conv2d(4, 32, 2, stride=2), nn.Linear(16, 32)
+        self.attn, self.leave = Attention(32, 32), nn.Linear(32, 16)
+
+    def forward(self, hidden_states, timestep, encoder_hidden_states, rotary_emb):
+        batch, frames, channels, height, width = hidden_states.shape
+        x = self.patch(hidden_states.reshape(-1, channels, height, width)).flatten(2)
+        x = x.transpose(1, 2).reshape(batch, -1, 32)
+        places = x.new_zeros(1, x.shape[1], 32)
+        places.data[:, :, :8].copy_(waves(torch.arange(x.shape[1]), 8))
+        x = x + places + (self.time(waves(timestep, 16)) + encoder_hidden_states.mean(1))[:, None]
+        x = self.leave(x + self.attn(x, turn=rotary_emb))
+        x = x.reshape(batch, frames, height // 2, width // 2, 4, 2, 2)
+        return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+
+
 def build(kind):
     torch.manual_seed(0)
     net = kind().eval()
@@ -179,6 +199,11 @@ def values(kind, time=500.0, batch=2, height=8, width=8, frames=3, length=6, tok
         given = {"sample": noise(batch, 4, height, width), "timestep": torch.tensor(time)}
     elif kind is DiT:
         given = {"hidden_states": noise(batch, 4, height, width)}
+    elif kind is Clip:
+        given = {"hidden_states": noise(batch, frames, 4, height, width)}
+        turn = noise(frames * (height // 2) * (width // 2), 16)
+        return {"timestep": torch.full((batch,), time), **given, "encoder_hidden_states": prompt,
+                "rotary_emb": (turn.cos(), turn.sin())}  # fmt: skip
     else:
         given = {"hidden_states": noise(batch, 4, frames, height, width)}
     return {"timestep": torch.full((batch,), time), **given, "encoder_hidden_states": prompt}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ from effuse.passes import Cache, Hoist, Quantize
 
 sys.path.insert(0, str(Path(__file__).parent))
 try:
-    from dynamic_networks import DiT, Tokens, UNet, Video, build, values
+    from dynamic_networks import Clip, DiT, Tokens, UNet, Video, build, values
 finally:
     sys.path.pop(0)
 
@@ -29,16 +30,19 @@ OPEN = {
     DiT: {**BATCH, **PLANE, **LENGTH},
     Tokens: {**BATCH, "tokens": (4, 64), **LENGTH},
     Video: {**BATCH, **PLANE, "frames": (1, 9), **LENGTH},
+    Clip: {**BATCH, **PLANE, "frames": (1, 9), **LENGTH},
 }
 PLANES = ((8, 8), (12, 8), (4, 20), (16, 16), (32, 12))
+FILMS = [
+    {"height": h, "width": w, "frames": f}
+    for (h, w), f in zip(PLANES, (1, 2, 3, 5, 9), strict=True)
+]
 SIZES = {
     UNet: [{"height": h, "width": w} for h, w in PLANES],
     DiT: [{"height": h, "width": w} for h, w in PLANES],
     Tokens: [{"tokens": n, "length": n // 2} for n in (4, 8, 16, 30, 64)],
-    Video: [
-        {"height": h, "width": w, "frames": f}
-        for (h, w), f in zip(PLANES, (1, 2, 3, 5, 9), strict=True)
-    ],
+    Video: FILMS,
+    Clip: FILMS,
 }
 
 
@@ -66,6 +70,7 @@ def exact():
 
 @pytest.mark.parametrize(("kind", "backend"), [
     *((kind, "reference") for kind in OPEN), (UNet, "onnx"), (Tokens, "onnx"),
+    (Clip, "onnx"),
 ], ids=lambda value: getattr(value, "__name__", value))  # fmt: skip
 def test_five_resolutions_and_four_batches_are_eager_s(exact, kind, backend):
     model, net = exact(kind, backend), build(kind)
@@ -80,6 +85,58 @@ def test_the_prompt_s_length_is_open(exact, length):
     for kind in (UNet, Tokens):
         given = values(kind, length=length)
         assert off(exact(kind, "reference")(**given), build(kind)(**given)) < 1e-5
+
+
+def test_frames_before_channels_and_the_sizes_that_follow_from_them_are_found(exact):
+    model = exact(Clip, "reference")
+    shapes = {item.label: item.shape for item in model.session.spec.inputs}
+    assert shapes["hidden_states"] == ("batch", "frames", 4, "height", "width")
+    assert shapes["rotary_emb.0"] == ("frames * (height // 2) * (width // 2)", 16)
+    given = values(Clip)
+    given["rotary_emb"] = tuple(each[1:] for each in given["rotary_emb"])
+    with pytest.raises(InputError, match=r"rotary_emb.0: expected a size of 48 .*got 47"):
+        model(**given)
+
+
+class Fixed(torch.nn.Module):
+    """Keeps a table of 64 rows for the pixels of a picture."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.randn(64, 1))
+
+    def forward(self, sample, timestep):
+        return (sample.flatten(2).transpose(1, 2) + self.table + timestep).mean(1)
+
+
+def test_a_product_of_sizes_that_the_network_fixes_is_refused():
+    given = {"sample": torch.randn(2, 4, 8, 8), "timestep": torch.tensor(500.0)}
+    with pytest.raises(CaptureError, match=r"'height' and 'width' together .*height \* width = 64"):
+        capture(Fixed().eval(), given, dynamic=PLANE)
+
+
+def test_a_transformer_of_the_field_is_eager_s_at_every_size():
+    net = diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=1, attention_head_dim=8,
+        num_attention_heads=2, caption_projection_dim=16, joint_attention_dim=16,
+        pooled_projection_dim=16, out_channels=4, pos_embed_max_size=24,
+    ).eval()  # fmt: skip
+
+    def given(batch, length, height, width):
+        return {
+            "hidden_states": torch.randn(batch, 4, height, width),
+            "encoder_hidden_states": torch.randn(batch, length, 16),
+            "pooled_projections": torch.randn(batch, 16), "timestep": torch.full((batch,), 500.0),
+        }  # fmt: skip
+
+    config = effuse.Config(passes=(Hoist(),), backend="reference", dynamic=OPEN[UNet])
+    model = effuse.compile(net, config, inputs=given(2, 6, 8, 8), schedule=TIMES, progress=False)
+    for batch in (1, 2, 3, 4):
+        for plane in PLANES:
+            inputs = given(batch, 3 + batch, *plane)
+            with torch.no_grad():
+                expected = net(**inputs, return_dict=False)[0]
+            assert off(model(**inputs, return_dict=False)[0], expected) < 1e-5, (batch, plane)
 
 
 def test_ids_share_the_symbols_of_what_they_number():
