@@ -13,7 +13,7 @@ from typing import Any
 from effuse.arguments import bind, describe_shape
 from effuse.arrays import Arrays
 from effuse.errors import ConfigError, InputError, nearest
-from effuse.plan import Plan, ProgramSpec, Role
+from effuse.plan import Plan, ProgramSpec, Role, spec_from_json
 from effuse.runtime import Session
 
 Sizes = Mapping[str, int]
@@ -101,6 +101,15 @@ def spec_apart(spec: ProgramSpec, label: str) -> ProgramSpec:
     """The spec of a bucket with its parts named as its files are."""
     parts = tuple(replace(part, name=f"{part.name}.{label}") for part in spec.parts)
     return replace(spec, parts=parts, plan=renamed(spec.plan, label))
+
+
+def stored_specs(manifest: Mapping[str, Any]) -> list[ProgramSpec]:
+    """The programs that an artifact's files are of: one for each bucket, or the one that it has."""
+    buckets = manifest.get("buckets", ())
+    if not buckets:
+        return [spec_from_json(manifest["program"])]
+    return [spec_apart(spec_from_json(each["program"]), label_of(each["sizes"]))
+            for each in buckets]  # fmt: skip
 
 
 def distance(sizes: Sizes, other: Sizes) -> float:

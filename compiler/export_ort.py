@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from effuse import artifact
+from effuse.buckets import stored_specs
 from effuse.devices import CPU, Device, device_of
 from effuse.errors import ArtifactError, ConfigError, require
 from effuse.ort import session_options
-from effuse.plan import ProgramSpec, spec_from_json
+from effuse.plan import ProgramSpec
 from effuse.tensor_file import open_tensors
 
 OPERATORS = "required_operators.config"
@@ -65,11 +66,13 @@ def export(source: Path, goal: Path, budget: int | None = None) -> Exported:
     """
     artifact.check_target(goal)
     opened = artifact.Opened(source)
-    manifest, spec = opened.network, _spec(opened.network, source)
+    manifest, specs = opened.network, _specs(opened.network, source)
     with tempfile.TemporaryDirectory(prefix="effuse-") as holder:
         folder = Path(holder)
-        convert(spec, opened.folder, folder, device_of(manifest["target"]))
-        if any(each.down for each in spec.adapters):  # LoRAs are added to factors read from there
+        convert(specs, opened.folder, folder, device_of(manifest["target"]))
+        if any(
+            each.down for each in specs[0].adapters
+        ):  # LoRAs are added to factors read from there
             (folder / WEIGHTS).write_bytes((opened.folder / WEIGHTS).read_bytes())
         shared = sum(_sizes(opened.folder, ".onnx", WEIGHTS).values())
         written = Exported(goal, _sizes(folder), shared)
@@ -81,11 +84,11 @@ def export(source: Path, goal: Path, budget: int | None = None) -> Exported:
     return written
 
 
-def _spec(manifest: Mapping[str, Any], source: Path) -> ProgramSpec:
+def _specs(manifest: Mapping[str, Any], source: Path) -> list[ProgramSpec]:
     if manifest["backend"] != "onnx" or "export" in manifest:
         built = "ORT format already" if "export" in manifest else f"backend {manifest['backend']!r}"
         raise ConfigError(f"{source}: {built}; ORT format is made from backend='onnx'")
-    return spec_from_json(manifest["program"])
+    return stored_specs(manifest)
 
 
 def _sizes(folder: Path, *ends: str) -> dict[str, int]:
@@ -93,7 +96,7 @@ def _sizes(folder: Path, *ends: str) -> dict[str, int]:
     return {each.name: each.stat().st_size for each in paths if each.name.endswith(ends or ("",))}
 
 
-def convert(spec: ProgramSpec, source: Path, folder: Path, device: Device) -> None:
+def convert(specs: Sequence[ProgramSpec], source: Path, folder: Path, device: Device) -> None:
     """Write `<part>.ort` for each part, and the operators that all of them need with their types.
 
     Raises:
@@ -101,7 +104,7 @@ def convert(spec: ProgramSpec, source: Path, folder: Path, device: Device) -> No
     """
     runtime = require("onnxruntime")
     made = []
-    for part in spec.parts:
+    for part in (part for spec in specs for part in spec.parts):
         path = folder / f"{part.name}.ort"
         options = session_options(device)
         options.optimized_model_filepath = str(path)

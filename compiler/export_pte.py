@@ -18,8 +18,9 @@ import torch
 from effuse import artifact
 from effuse.backends.onnx import PartModule
 from effuse.backends.reference import TorchArrays
+from effuse.buckets import stored_specs
 from effuse.errors import BackendError, ConfigError, InputError, require
-from effuse.plan import FORECAST_INPUT, STEP_INPUT, PartSpec, ProgramSpec, spec_from_json
+from effuse.plan import FORECAST_INPUT, STEP_INPUT, PartSpec, ProgramSpec
 from effuse.program import Part
 from effuse.runtime import Run, Session
 from effuse.serial import graph_from_json
@@ -38,11 +39,11 @@ def export(source: Path, goal: Path) -> dict[str, int]:
     manifest = opened.network
     if reason := unfit(manifest):
         raise ConfigError(f"{source}: {reason}")
-    spec = spec_from_json(manifest["program"])
     with tempfile.TemporaryDirectory(prefix="effuse-") as holder:
         folder = Path(holder)
-        for part, module, given in modules(spec, opened.folder):
-            (folder / f"{part.name}.pte").write_bytes(lowered(part.name, module, given))
+        for spec in stored_specs(manifest):
+            for part, module, given in modules(spec, opened.folder):
+                (folder / f"{part.name}.pte").write_bytes(lowered(part.name, module, given))
         described = {**manifest, "backend": "executorch", "export": {"format": "pte"}}
         artifact.finish(folder, described)
         artifact.save(folder, goal)
@@ -55,7 +56,7 @@ def unfit(manifest: Mapping[str, Any]) -> str | None:
         return f"backend {manifest['backend']!r}; .pte files are made from backend='reference'"
     if manifest["native"]:
         return f"ExecuTorch has no kernels for {', '.join(manifest['native'])}; leave Quantize out"
-    if manifest["program"]["bounds"]:
+    if manifest["program"]["bounds"] and not manifest.get("buckets"):
         return f"sizes are left open: {', '.join(manifest['program']['bounds'])}; fix them"
     return None
 

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import effuse
+from effuse import export_ort
 from effuse.buckets import bounds_of, completed, distance, label_of
 from effuse.capture import capture
 from effuse.cli_app import app
@@ -25,7 +27,7 @@ from effuse.specialise import resized, specialise
 
 sys.path.insert(0, str(Path(__file__).parent))
 try:
-    from dynamic_networks import DiT, Tokens, UNet, Video, build, values
+    from dynamic_networks import Clip, DiT, Tokens, UNet, Video, build, values
 finally:
     sys.path.pop(0)
 
@@ -56,6 +58,7 @@ def unet():
     (UNet, [SMALL, TALL, {"height": 6, "width": 10, "length": 3}]), (DiT, [SMALL, TALL]),
     (Tokens, [{"tokens": 16}, {"batch": 1, "tokens": 24, "length": 5}]),
     (Video, [{"frames": 1}, {"frames": 5, "height": 4}]),
+    (Clip, [{"frames": 1}, {"frames": 5, "height": 4}]),
 ], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
 def test_every_bucket_is_eager_s(kind, shapes):
     model, net = compiled(kind, Hoist(), shapes=shapes), build(kind)
@@ -141,6 +144,35 @@ def test_saved_and_loaded_it_serves_the_same_sizes(unet, tmp_path):
     rows = json.loads((loaded.folder / "manifest.json").read_text())["buckets"]
     assert [row["sizes"] for row in rows] == BUILT
     assert all(row["parity"]["sqnr_db"] > 90 and row["flops"]["full"] > 0 for row in rows)
+
+
+def test_exported_to_ort_format_it_serves_the_same_sizes(unet, tmp_path):
+    written = export_ort.export(unet.save(tmp_path / "unet.effuse"), tmp_path / "small.effuse")
+    assert {f"full.{label_of(sizes)}.ort" for sizes in BUILT} <= written.files.keys()
+    loaded = effuse.load(written.path)
+    for sizes in BUILT:
+        inputs = values(UNet, **sizes)
+        loaded.session.reset()
+        unet.session.reset()
+        assert off(loaded(**inputs), unet(**inputs)) < 1e-5
+
+
+def test_a_streamed_build_has_the_sizes_of_one_in_memory(tmp_path):
+    net = diffusers.UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8,),
+        down_block_types=("DownBlock2D",), up_block_types=("AttnUpBlock2D",), mid_block_type=None,
+        norm_num_groups=4, attention_head_dim=4,
+    )  # fmt: skip
+    net.save_pretrained(tmp_path)
+    config = effuse.Config(
+        passes=(Hoist(),), backend="reference", shapes=[SMALL, TALL], stream=True
+    )
+    model = effuse.compile(tmp_path, config, schedule=TIMES, progress=False)
+    for sizes in BUILT:
+        sample = torch.randn(sizes["batch"], 3, sizes["height"], sizes["width"])
+        with torch.no_grad():
+            expected = net.eval()(sample, 900.0).sample
+        assert off(model(sample, 900.0).sample, expected) < 1e-5
 
 
 def test_a_lora_is_loaded_at_every_size(unet, tmp_path):
