@@ -43,7 +43,9 @@ class Autoencoder(nn.Module):
         found = Normal(self.encoder(x))
         return {"latent_dist": found} if return_dict else (found,)
 
-    def decode(self, z: torch.Tensor, return_dict: bool = True) -> Any:
+    def decode(
+        self, z: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+    ) -> Any:
         found = self.decoder(z).tanh()
         return {"sample": found} if return_dict else (found,)
 
@@ -59,7 +61,7 @@ def model() -> Autoencoder:
 def test_a_method_is_the_forward_of_a_network(model: Autoencoder):
     network = as_network(model.decode)
     assert type(network).__name__ == "Autoencoder.decode"
-    assert list(inspect.signature(network.forward).parameters) == ["z", "return_dict"]
+    assert list(inspect.signature(network.forward).parameters) == ["z", "return_dict", "generator"]
     assert network.decoder is model.decoder
     assert not network.training
     z = torch.randn(2, 5, 4, 4)
@@ -107,3 +109,5 @@ def test_a_compiled_method_stands_in_its_place(model: Autoencoder):
     expected = model.decode(z, return_dict=False)[0]
     model.decode = compiled  # type: ignore[method-assign,assignment]
     assert torch.equal(model.decode(z, return_dict=False)[0], expected)
+    generated = model.decode(z, return_dict=False, generator=torch.Generator())  # of no use to it
+    assert torch.equal(generated[0], expected)
