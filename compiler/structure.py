@@ -153,9 +153,9 @@ class Structure:
             values: Any = join.args[0]
             if len(values) == 2 and all(self.fresh(value) for value in values):
                 one, other = values
-                if self.computed_from(one, other):
+                if self.computed_from(one, reshaped_from(other)):
                     yield LongSkip(join, one, other)
-                elif self.computed_from(other, one):
+                elif self.computed_from(other, reshaped_from(one)):
                     yield LongSkip(join, other, one)
 
     @cached_property
@@ -330,6 +330,13 @@ def _inside(node: fx.Node, path: str) -> bool:
 
 def _shape(node: fx.Node) -> tuple[str, ...]:
     return tuple(str(size) for size in value_of(node).shape)
+
+
+def reshaped_from(node: fx.Node) -> fx.Node:
+    """The value that this is with axes of size 1 added: rows as images, for a concatenation."""
+    while node.target is aten.unsqueeze.default:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def _same_shape(*nodes: fx.Node) -> bool:

@@ -70,6 +70,7 @@ def canonical(part: Part, weights: WeightStore, log: Log) -> Part:
     """A canonical copy of a part."""
     graph, _ = clone(part.graph)
     views(graph, log)
+    named_paddings(graph, log)
     images_of_rows(graph, weights, log)
     for node in calls(graph):
         for name, replacement in SIMPLIFICATIONS:
@@ -91,6 +92,41 @@ def views(graph: fx.Graph, log: Log) -> None:
     for node in calls(graph, aten.view.default, aten._unsafe_view.default):
         if log.spend("view"):
             node.target = aten.reshape.default
+
+
+NAMED_PADDINGS: dict[Any, Any] = {
+    aten.conv1d.padding: aten.conv1d.default, aten.conv2d.padding: aten.conv2d.default,
+    aten.conv3d.padding: aten.conv3d.default,
+}  # fmt: skip
+
+
+def named_paddings(graph: fx.Graph, log: Log) -> None:
+    """conv(…, "same") and conv(…, "valid") -> with numbers, where both sides have as many.
+
+    Every later pass knows the op with numbers, to which torch itself turns them.
+    """
+    for node in calls(graph, *NAMED_PADDINGS):
+        named = node.target._schema.arguments  # type: ignore[union-attr]
+        given: Any = [*node.args, *(each.default_value for each in named[len(node.args) :])]
+        given = [
+            node.kwargs.get(each.name, value) for each, value in zip(named, given, strict=True)
+        ]
+        sizes = value_of(given[1]).shape[2:]
+        strides, dilations = (_each(given[place], len(sizes)) for place in (3, 5))
+        total = [step * (size - 1) for step, size in zip(dilations, sizes, strict=True)]
+        total = [0] * len(sizes) if given[4] == "valid" else total
+        if all(amount % 2 == 0 for amount in total) and log.spend("padding"):
+            pads = [amount // 2 for amount in total]
+            with graph.inserting_before(node):
+                new = emit(graph, NAMED_PADDINGS[node.target], *given[:3], strides, pads, dilations,
+                           given[6], like=node)  # fmt: skip
+            substitute(node, new)
+
+
+def _each(given: Any, count: int) -> list[int]:
+    """A number for each dimension."""
+    many = list(given) if isinstance(given, (list, tuple)) else [given]
+    return many * count if len(many) == 1 else many
 
 
 def images_of_rows(graph: fx.Graph, weights: WeightStore, log: Log) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -21,7 +22,7 @@ aten = torch.ops.aten
 
 SITES = (aten.conv2d.default, aten.linear.default)
 # Layers that no format has integers for; they are listed, so that nobody looks for them in vain.
-KEPT = {
+KEPT: dict[Any, str] = {
     aten.conv3d.default: "three-dimensional convolution",
     aten.conv_transpose1d.default: "transposed convolution",
     aten.conv_transpose2d.input: "transposed convolution",
