@@ -89,7 +89,7 @@ class Search:
         """The network on the meta device, or None."""
         try:
             with torch.device("meta"):
-                return self.kind(**made(config)).to("meta").eval()
+                return construct(self.kind, config).to("meta").eval()
         except Exception:
             return None
 
@@ -97,7 +97,7 @@ class Search:
         """Why the network does not run on the inputs that are derived for it, or None."""
         try:
             with torch.device("meta"):
-                model = self.kind(**made(config)).to("meta").eval()
+                model = construct(self.kind, config).to("meta").eval()
         except Exception as error:
             return f"{UNBUILT}: {type(error).__name__}: {str(error)[:200]}"
         try:
@@ -139,7 +139,7 @@ class Search:
     def works(self, config: Config) -> bool:
         """Whether the network runs on real numbers: a table's end shows on these alone."""
         try:
-            model = self.kind(**made(config)).eval()
+            model = construct(self.kind, config).eval()
             with torch.no_grad():
                 model(**derive_inputs(model, size=self.side, trials=self.trials))
         except Exception:
@@ -199,6 +199,17 @@ class Search:
             return float("inf")
         tensors = itertools.chain(model.parameters(), model.buffers())
         return sum(each.numel() for each in tensors)
+
+
+def construct(kind: type[nn.Module], config: Config) -> nn.Module:
+    """The network; with parts of another where it has none of its own: "from_…": {"class": …}."""
+    settings = made(config)
+    lent = {name: settings.pop(name) for name, each in config.items()
+            if name.startswith("from_") and isinstance(each, dict)}  # fmt: skip
+    network = kind(**settings)
+    for name, lender in lent.items():
+        network = getattr(kind, name)(network, lender)
+    return network
 
 
 def made(settings: Config) -> Config:

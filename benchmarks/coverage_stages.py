@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coverage_config import made
+from coverage_config import construct
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -43,7 +43,7 @@ class Subject:
     def built(self) -> None:
         """Random weights, none of them zero: a branch that is zero at the start would hide."""
         torch.manual_seed(0)
-        self.model = self.kind(**made(dict(self.config))).float().eval()
+        self.model = construct(self.kind, dict(self.config)).float().eval()
         with torch.no_grad():
             for each in self.model.parameters():
                 if not each.any():

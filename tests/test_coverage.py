@@ -18,7 +18,7 @@ if not BENCHMARKS.exists():
 sys.path.insert(0, str(BENCHMARKS))
 
 import coverage_config  # noqa: E402
-from coverage_config import Search, classes, floored, halved  # noqa: E402
+from coverage_config import Search, classes, construct, floored, halved  # noqa: E402
 from coverage_show import counts, markdown  # noqa: E402
 from coverage_stages import Subject, run_stages  # noqa: E402
 
@@ -102,6 +102,30 @@ def test_classes_are_those_that_diffusers_exports():
     assert found["AutoencoderKL"] == "autoencoder"
     assert found["MotionAdapter"] == "other"  # holds parts for UNetMotionModel
     assert "ModelMixin" not in found
+
+
+class Borrowing(Wide):
+    """Has no last layer before another network lends its own."""
+
+    @classmethod
+    def from_lender(cls, network: Borrowing, lender: nn.Module) -> Borrowing:
+        network.last = lender.last
+        return network
+
+
+def test_a_network_that_borrows_parts_is_made_with_their_lender(monkeypatch: pytest.MonkeyPatch):
+    import diffusers
+
+    monkeypatch.setattr(diffusers, "Wide", Wide, raising=False)
+    own = {"num_layers": 1, "width": 32, "told": 32, "heads": 2}
+    config = {**own, "from_lender": {"class": "Wide", **own, "num_layers": 2}}
+    network = construct(Borrowing, config)
+    assert isinstance(network.last, nn.Linear)
+    assert len(network.layers) == 1
+    assert construct(Borrowing, own).last is not network.last
+    assert "from_lender" in config
+    search = Search(Borrowing, config)
+    assert search.build(config) is not None
 
 
 def test_stages_end_where_one_fails():
