@@ -26,6 +26,7 @@ from effuse.graph import calls, clone, eliminate, inputs, module_path, substitut
 from effuse.kernels.formats import Format, parse
 from effuse.passes.activation_scales import Ranges
 from effuse.passes.base import Pass, Work
+from effuse.passes.lent_ranges import lend_ranges
 from effuse.passes.quantize_measure import Quality, measure
 from effuse.passes.quantize_sites import (
     KEPT,
@@ -123,7 +124,9 @@ class Quantize(Pass):
         """Quantize every part, measured on the calibration's probes."""
         if work.calibration is None:
             self._check_blind(program)
-        seen = work.calibration or unseen_run(program)
+        seen, lent = lend_ranges(program, work.calibration or unseen_run(program))
+        for name in lent:
+            work.log.note(f"{name}: never run in calibration; ranges are the default variant's")
         job = Job(self, program, work, seen, copied(program.weights))
         default = program.plan.default
         order = sorted(program.parts, key=lambda part: part.name != default)
