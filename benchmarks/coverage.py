@@ -41,6 +41,7 @@ CONFIGS = ROOT / "coverage_configs.json"
 LIBRARIES = ("effuse", "torch", "onnxruntime", "diffusers")
 ORDER = ("UNet", "transformer", "ControlNet", "autoencoder", "other")
 COMPUTING = 150  # seconds of one class at most
+MEMORY = 3 << 30  # bytes of one class at most: one that could not be shrunk is a row
 CONSOLE = Console()
 
 
@@ -106,6 +107,7 @@ def start(name: str, options: argparse.Namespace) -> int:
     if process:
         return process
     resource.setrlimit(resource.RLIMIT_CPU, (COMPUTING, COMPUTING + 5))
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1)
     os.dup2(silent, 2)

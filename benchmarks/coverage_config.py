@@ -1,6 +1,7 @@
 """A small configuration of any network of diffusers, found by shrinking its own defaults.
 
-A setting is halved, alone or with others, and stays so if the network is smaller, can still be
+Small values that many networks share are tried first (coverage_small.py). Then a
+setting is halved, alone or with others, and stays so if the network is smaller, can still be
 built (on the meta device) and still runs on inputs derived from it (on fake tensors). Counts of
 layers, known by the number of modules that they make, go first, which makes the rest cheap.
 """
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from coverage_small import small_settings
 from torch import nn
 
 from effuse.errors import InputError
@@ -112,6 +114,10 @@ class Search:
 
     def find(self) -> Config:
         """The smallest configuration that was found in time; else `failed` says where it ends."""
+        self.side = SIDES[0]
+        config = self.fewer_layers({**small_settings(self.defaults), **self.base})
+        if self.weight(config) < MOST and self.works(config):
+            return self.narrower(config)
         config = self.fewer_layers(dict(self.base))
         reasons: dict[int | None, str | None] = {}
         for side in SIDES:

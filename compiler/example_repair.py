@@ -7,156 +7,21 @@ source lines that led there; a proposal is kept if the network gets further with
 
 from __future__ import annotations
 
-import copy
+import inspect
 import itertools
-import linecache
-import logging
 import math
 import re
-import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from effuse.example_rows import FRAMES, Network, guessed, is_time
 from effuse.example_shapes import Inputs, counted, leaves, placed, repeated, reshaped, resized
+from effuse.example_trial import Failure
 
 TRIALS = 100  # at most, for one network
 LARGEST = 1 << 24  # elements of an input that is tried in another's place
-OPAQUE = (DataDependentOutputException, DynamicOutputShapeException)
-LAYERS: Mapping[Any, Callable[[torch.Tensor], int]] = {
-    torch.nn.functional.linear: lambda weight: weight.shape[-1],
-    torch.nn.functional.layer_norm: lambda weight: weight.shape[-1],
-    torch.conv1d: lambda weight: weight.shape[1],
-    torch.conv2d: lambda weight: weight.shape[1],
-    torch.conv3d: lambda weight: weight.shape[1],
-}
-
-
-@dataclass(frozen=True)
-class Failure:
-    """How far a network got, and what stopped it."""
-
-    error: Exception
-    progress: tuple[int, int]  # calls of torch's functions until then, and the line of forward
-    shapes: tuple[tuple[int, ...], ...]  # of the tensors that this one was given
-    wanted: int | None  # the width that the layer takes, if it is one
-    conv: bool  # whether that is a convolution
-    lines: tuple[str, ...]  # statements of the network's source that led there, innermost first
-
-    @property
-    def reason(self) -> str:
-        """The first line of what torch said."""
-        text = next((line for line in str(self.error).splitlines() if line.strip()), "no message")
-        return f"{type(self.error).__name__}: {text[:300]}"
-
-
-class _Watch(TorchFunctionMode):
-    """Counts torch's functions, and keeps the tensors of the first that fails."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-        self.failed: tuple[Any, tuple[torch.Tensor, ...]] | None = None
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        self.calls += 1
-        try:
-            return function(*args, **(kwargs or {}))
-        except Exception:
-            if self.failed is None:
-                leaves = pytree.tree_leaves((args, kwargs or {}))
-                tensors = (each for each in leaves if isinstance(each, torch.Tensor))
-                self.failed = function, tuple(tensors)
-            raise
-
-
-def trial(model: nn.Module) -> Callable[[Mapping[str, Any]], Failure | None]:
-    """What says why forward does not take inputs, or None; on fake tensors, without weights."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    device = next((each.device for each in model.parameters()), torch.device("cpu"))
-    copied = weightless(model, mode).eval()
-
-    def run(inputs: Mapping[str, Any]) -> Failure | None:
-        watch = _Watch()
-        try:
-            with mode, torch.no_grad(), _silent():
-                fakes = pytree.tree_map_only(
-                    torch.Tensor, lambda each: mode.from_tensor(each).to(device), dict(inputs)
-                )
-                with watch:
-                    copied(**fakes)
-        except OPAQUE:
-            return None  # not a matter of the inputs: capture tells where
-        except Exception as error:
-            return failure(error, watch)
-        return None
-
-    return run
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without torch's own account of calls that fail: here they are meant to."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
-
-
-def weightless(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A copy of the network whose parameters and buffers are fake; no value is copied."""
-    tensors = (*model.parameters(), *model.buffers())
-    return copy.deepcopy(model, {id(each): mode.from_tensor(each) for each in tensors})
-
-
-def failure(error: Exception, watch: _Watch) -> Failure:
-    """What a trial tells about an error."""
-    function, tensors = watch.failed or (None, ())
-    shapes = tuple(tuple(int(size) for size in each.shape) for each in tensors)
-    wanted = LAYERS[function](tensors[1]) if function in LAYERS and len(tensors) > 1 else None
-    conv = "conv" in getattr(function, "__name__", "")
-    progress = watch.calls, line_of_forward(error)
-    return Failure(error, progress, shapes, wanted, conv, statements(error))
-
-
-def line_of_forward(error: Exception) -> int:
-    """The line that the network's own forward had come to."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = (each.lineno for each in frames if each.name == "forward" and not is_torch(each))
-    return next(own, 0) or 0
-
-
-def is_torch(frame: traceback.FrameSummary) -> bool:
-    """Whether a frame is of torch itself."""
-    return "/torch/" in frame.filename.replace("\\", "/")
-
-
-def statements(error: Exception) -> tuple[str, ...]:
-    """The source's statements that led to an error, innermost first, torch's own left out."""
-    found = []
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if is_torch(frame) or frame.lineno is None:
-            continue
-        last = frame.end_lineno or frame.lineno
-        lines = (linecache.getline(frame.filename, n) for n in range(frame.lineno, last + 1))
-        found.append(" ".join(line.strip() for line in lines))
-    return tuple(found)
 
 
 def repaired(
@@ -165,12 +30,14 @@ def repaired(
 ) -> tuple[Inputs, Failure | None]:  # fmt: skip
     """The inputs with which the network runs, or gets furthest, and what stops it then."""
     failed, left = run(inputs), trials
+    if failed is not None:
+        failed = run(inputs)  # again: what a network keeps from its first call is no progress
     while failed is not None:
         for proposal in itertools.islice(proposals(failed, net, inputs), left):
             left -= 1
             again = run(proposal)
             if again is None or again.progress > failed.progress:
-                inputs, failed = proposal, again
+                inputs, failed = proposal, again and run(proposal)
                 break
         else:
             break
@@ -186,19 +53,33 @@ def proposals(failed: Failure, net: Network, inputs: Inputs) -> Iterator[Inputs]
     names = blamed(failed, net, inputs)
     yield from widths(failed, names, inputs)
     yield from integers(failed, names, inputs)
+    if isinstance(failed.error, IndexError):
+        yield from longer(names, inputs)
     timed = any(is_time(word) for line in failed.lines[:3] for word in re.findall(r"\w+", line))
     if timed:
         yield from times(net, inputs)
     told = RANKS.search(str(failed.error)) is not None
     if told:
-        yield from ranks(names[:2], net, inputs)
+        for proposal in ranks(names[:2], net, inputs):
+            yield proposal
+            yield from widened(failed, names[:2], proposal)
     yield from additions(failed, net, inputs)
     if not timed:
         yield from times(net, inputs)
+    yield from alone(str(failed.error), net.batch, inputs)
     yield from counted(str(failed.error), names, inputs)
     yield from repeated(failed.shapes, net.batch, names, inputs)
+    yield from removals(failed, net, inputs)
     yield from itertools.islice(sizes(failed, names, inputs), SIZES_TOLD)
     yield from ranks(names[2:] if told else names, net, inputs)
+
+
+def widened(failed: Failure, names: list[str], inputs: Inputs) -> Iterator[Inputs]:
+    """With the channels that a convolution wants, where it was given another rank as well."""
+    for name in names if failed.conv and failed.wanted else ():
+        for path, leaf in leaves(inputs, name):
+            if leaf.dim() > 3 and leaf.shape[1] != failed.wanted:
+                yield placed(inputs, path, resized(leaf, 1, failed.wanted or 0))
 
 
 def widths(failed: Failure, names: list[str], inputs: Inputs) -> Iterator[Inputs]:
@@ -208,6 +89,8 @@ def widths(failed: Failure, names: list[str], inputs: Inputs) -> Iterator[Inputs
     shape = failed.shapes[0]
     given = shape[1] if failed.conv and len(shape) > 2 else shape[-1:]
     surplus = (given if isinstance(given, int) else sum(given)) - failed.wanted
+    if not failed.conv:
+        yield from channels_last(failed.wanted, failed.wanted + surplus, names, inputs)
     for exact in (True, False):  # or what is concatenated before the layer is too wide
         for name in names:
             for path, leaf in leaves(inputs, name):
@@ -217,6 +100,22 @@ def widths(failed: Failure, names: list[str], inputs: Inputs) -> Iterator[Inputs
                     likely = same if exact else axis == channel_axis(leaf) and not same
                     if surplus and size > surplus and likely:
                         yield placed(inputs, path, resized(leaf, axis, size - surplus))
+    for name in names:  # or it is multiplied before the layer
+        for path, leaf in leaves(inputs, name):
+            axis = channel_axis(leaf)
+            size, rest = divmod(leaf.shape[axis] * failed.wanted, failed.wanted + surplus)
+            if surplus and size and not rest:
+                yield placed(inputs, path, resized(leaf, axis, size))
+
+
+def channels_last(wanted: int, given: int, names: list[str], inputs: Inputs) -> Iterator[Inputs]:
+    """Pictures and videos whose channels are their last axis, as many as a layer wants."""
+    for name in names:
+        for path, leaf in leaves(inputs, name):
+            if leaf.dim() > 3:
+                last = leaf.movedim(1, -1).contiguous()
+                size, rest = divmod(leaf.shape[-1] * wanted, given)
+                yield placed(inputs, path, last if rest else resized(last, last.dim() - 1, size))
 
 
 def channel_axis(leaf: torch.Tensor) -> int:
@@ -231,11 +130,14 @@ def blamed(failed: Failure, net: Network, inputs: Inputs) -> list[str]:
 
 
 def times(net: Network, inputs: Inputs) -> Iterator[Inputs]:
-    """One timestep or one a sample, as numbers or indices."""
+    """One timestep, one a sample or one a frame, as numbers or indices."""
     names = [name for name, value in inputs.items() if is_time(name) and torch.is_tensor(value)]
     own = (inputs[name].dtype for name in names)
+    videos = (each for each in inputs.values() if torch.is_tensor(each) and each.dim() == 5)
+    frames = dict.fromkeys((FRAMES, *(size for each in videos for size in each.shape[1:3])))
+    shapes = ((), (net.batch,), *((net.batch, count) for count in frames))
     for dtype in dict.fromkeys((*own, torch.float32, torch.int64)):
-        for shape in ((), (net.batch,)):
+        for shape in shapes:
             changed = {
                 name: inputs[name].flatten()[0].to(dtype).expand(shape).clone() for name in names
             }
@@ -257,8 +159,9 @@ def integers(failed: Failure, names: list[str], inputs: Inputs) -> Iterator[Inpu
         for name in names:
             for path, leaf in leaves(inputs, name):
                 if leaf.dtype != dtype and not is_time(name):
-                    value = (leaf > 0).to(dtype) if dtype is torch.bool else leaf.abs().to(dtype)
-                    yield placed(inputs, path, value)
+                    signed = leaf.dtype is not torch.bool
+                    value = leaf > 0 if dtype is torch.bool else leaf.abs() if signed else leaf
+                    yield placed(inputs, path, value.to(dtype))
 
 
 def additions(failed: Failure, net: Network, inputs: Inputs) -> Iterator[Inputs]:
@@ -269,6 +172,22 @@ def additions(failed: Failure, net: Network, inputs: Inputs) -> Iterator[Inputs]
             value = guessed(net, name, missed=True)
             if value is not None:
                 yield inputs | {name: value}
+
+
+def longer(names: list[str], inputs: Inputs) -> Iterator[Inputs]:
+    """One more tensor in a list: layers take theirs by number."""
+    for name in names:
+        value = inputs[name]
+        if isinstance(value, list) and value and all(map(torch.is_tensor, value)):
+            yield inputs | {name: [*value, value[-1]]}
+
+
+def removals(failed: Failure, net: Network, inputs: Inputs) -> Iterator[Inputs]:
+    """Without an argument that forward has a default for, of those that the statements speak of."""
+    words = [word for line in failed.lines for word in re.findall(r"\w+", line)]
+    for name in dict.fromkeys(words):
+        if name in inputs and net.parameters[name].default is not inspect.Parameter.empty:
+            yield {other: value for other, value in inputs.items() if other != name}
 
 
 def sizes(failed: Failure, names: list[str], inputs: Inputs) -> Iterator[Inputs]:
@@ -303,6 +222,7 @@ def ranks(names: list[str], net: Network, inputs: Inputs) -> Iterator[Inputs]:
         if torch.is_tensor(value) and value.dim() > 1:
             yield inputs | {name: list(value)}
             yield inputs | {name: [value]}
+            yield inputs | {name: [value] * len(value)}
         elif isinstance(value, list) and value and all(map(torch.is_tensor, value)):
             yield inputs | {name: torch.stack(value)}
             yield inputs | {name: [torch.stack(value)]}
@@ -335,8 +255,10 @@ def shapes_like(shape: tuple[int, ...], net: Network) -> Iterator[tuple[int, ...
         yield batch
         yield (shape[0], shape[2])
         yield (shape[1], shape[2])
+        yield (shape[0], shape[2], shape[1])
         yield (shape[0], shape[2], *net.sides)
         yield (shape[0], 1, *shape[1:])
+        yield (net.batch, *shape)
     elif len(shape) == 4:
         yield (*shape[:2], FRAMES, *shape[2:])
         yield (*batch, FRAMES, *shape[1:])
@@ -344,6 +266,7 @@ def shapes_like(shape: tuple[int, ...], net: Network) -> Iterator[tuple[int, ...
         yield (*batch, shape[1], shape[2] * shape[3])
     elif len(shape) == 5:
         yield (*batch, *shape[1:2], *shape[3:])
+        yield (*shape[:2], 1, *shape[3:])
         yield (*batch, shape[2], shape[1], *shape[3:])
         yield (*batch, *shape[2:], shape[1])
         yield (*batch, shape[2] * shape[3] * shape[4], shape[1])

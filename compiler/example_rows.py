@@ -136,6 +136,25 @@ def prompt(net: Network) -> torch.Tensor | None:
     return None if width is None else net.normal(net.batch, net.length, width)
 
 
+def other_prompt(net: Network, word: str) -> torch.Tensor | None:
+    """The prompt by another text encoder, whose settings end in a word, or hold it."""
+    keys = [key for key in net.config if re.search(rf"(dim|embed)_{word}(_dim)?$", key)]
+    width = width_of(net, keys)
+    return None if width is None else net.normal(net.batch, other_length(net, word), width)
+
+
+def layered_prompt(net: Network) -> torch.Tensor | None:
+    """A prompt by several layers of its encoder, shape (layers, batch, length, width)."""
+    layers = net.config.get("llama_layers")
+    alone = prompt(net)
+    return alone.expand(len(layers), *alone.shape) if layers and alone is not None else None
+
+
+def other_length(net: Network, word: str) -> int:
+    """How many tokens it has by another text encoder."""
+    return width_of(net, (f"text_len_{word}",)) or net.length
+
+
 def required(net: Network, name: str) -> bool:
     """Whether forward has no default for an argument."""
     return name in net.parameters and net.parameters[name].default is inspect.Parameter.empty
@@ -343,6 +362,10 @@ ROWS: tuple[tuple[str, Row], ...] = (
     *((name, latent) for name in sorted(LATENT_NAMES)),
     *((name, time) for name in sorted(TIMESTEP_NAMES)),
     ("encoder_hidden_states", prompt),
+    ("encoder_hidden_states_t5", lambda net: other_prompt(net, "t5")),
+    ("encoder_hidden_states_2", lambda net: other_prompt(net, "2")),
+    ("encoder_hidden_states_llama3", layered_prompt),
+    ("text_embedding_mask_t5", lambda net: torch.ones(net.batch, other_length(net, "t5"))),
     ("encoder_attention_mask", prompt_mask),
     ("pooled_projections", pooled),
     ("class_labels", labels),
@@ -366,6 +389,7 @@ ROWS: tuple[tuple[str, Row], ...] = (
     ("control_type", control_kinds),
     ("control_type_idx", lambda net: [0]),
     ("conditioning_mask", control_mask),
+    ("sample_posterior", lambda net: False),
     ("return_dict", no_names),
 )
 
@@ -377,6 +401,7 @@ PATTERNS: tuple[tuple[str, Row], ...] = (
     (r"rotary|rope_emb", rotary),
     (r"time(?!_id)|sigma|(^|_)t$", time),
     (r"fps", rates),
+    (r"drop$", lambda net: torch.zeros(net.batch, dtype=torch.bool)),
     (r"size|coords|crop", pair),
     (r"ids?$|_id$|index|indices|tokens?$|tags?$|labels?$", indices),
     (r"pooled|global|proj|vec|style", vector),
@@ -408,8 +433,7 @@ def guessed(net: Network, name: str, missed: bool = False) -> Any:
         return listed(made, told)
     if row is not None and not missed and argument.default is not argument.empty:
         return None
-    plain = re.sub(r"typing\.|torch\.|Optional|Union|None|NoneType|[\[\]| ,]", "", told)
-    plain = plain.removeprefix("<class'").removesuffix("'>")
+    plain = plain_type(told)
     if plain in PLAIN:
         return one_of(net, name, PLAIN[plain])
     return listed(guess_row(name)(net), told)
@@ -422,10 +446,18 @@ def one_of(net: Network, name: str, default: Any) -> Any:
     return net.config.get(name, first if isinstance(first, type(default)) else default)
 
 
+def plain_type(told: str) -> str:
+    """An annotation's type without its brackets, and without that it may be None."""
+    plain = re.sub(r"typing\.|torch\.|Optional|Union|None|NoneType|[\[\]| ,]", "", told)
+    return plain.removeprefix("<class'").removesuffix("'>")
+
+
 def listed(made: Any, told: str) -> Any:
     """A batch as a list of its samples, where the annotation asks for a list of tensors."""
     if torch.is_tensor(made) and re.search(r"(?i)\b(list|tuple)\[[^\]]*tensor", told):
         return [each.contiguous() for each in made]
+    if torch.is_tensor(made) and plain_type(told) == "list":  # of what is not told: batches
+        return [made]
     return made
 
 

@@ -17,10 +17,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from effuse.errors import InputError
-from effuse.example_repair import TRIALS, repaired, trial
+from effuse.example_repair import TRIALS, repaired
 from effuse.example_rows import ROWS, WAY_OUT, Network, guessed, is_time
+from effuse.example_trial import trial
 
-FIRST = 12  # layers among which one that takes the config's channels is the entry
+FIRST = 12  # layers among which, or among those of no block, one with the config's channels enters
 
 
 def derive_inputs(
@@ -73,7 +74,8 @@ def describe(model: nn.Module, batch: int, size: int | None) -> Network:
     settled = ("use_additional_conditions",)  # a network may replace a None in its config
     values = dict(config)
     values |= {key: getattr(model, key) for key in settled if key in values and hasattr(model, key)}
-    wide = [getattr(layer, "in_channels", 0) for layer in layers[:FIRST]]
+    layers[FIRST:] = [each for each in model.children() if each in layers[FIRST:]]
+    wide = [getattr(layer, "in_channels", 0) for layer in layers]
     channels = values.get("in_channels")
     own = wide.index(channels) if channels in wide else 0
     return Network(

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from effuse.example_repair import repaired, reshaped, resized, trial
+from effuse.example_repair import repaired, reshaped, resized
+from effuse.example_trial import trial
 from effuse.examples import derive_inputs, describe, first_guess
 
 
