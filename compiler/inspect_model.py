@@ -8,7 +8,7 @@ import importlib
 import inspect
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,12 +138,31 @@ def load_folder(path: Path) -> nn.Module:
     """
     kind, _ = _folder(path)
     try:
-        model: nn.Module = kind.from_pretrained(  # type: ignore[attr-defined]
-            str(path), use_safetensors=True, local_files_only=True
+        model, told = kind.from_pretrained(  # type: ignore[attr-defined]
+            str(path), use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{path}: the weights cannot be loaded: {error}") from error
-    return model.eval()
+    check_complete(path, model, told["missing_keys"])
+    network: nn.Module = model.eval()
+    return network
+
+
+def check_complete(path: Path, model: nn.Module, missing: Collection[str]) -> None:
+    """Refuse files without all weights: diffusers would draw those that are missing.
+
+    Raises:
+        ConfigError: some are missing, and no other name of the same tensor is there.
+    """
+    stored = model.state_dict()
+    read = {value.data_ptr() for name, value in stored.items() if name not in missing}
+    absent = [name for name in missing if name in stored and stored[name].data_ptr() not in read]
+    if absent:
+        raise ConfigError(
+            f"{path}: {len(absent)} of the network's {len(stored)} weights are not in its files, "
+            f"such as {absent[0]!r}; copy the folder again, or, if the network was changed after "
+            "it was stored, store it again"
+        )
 
 
 def _folder(path: Path) -> tuple[type[nn.Module], dict[str, Any]]:

@@ -2,11 +2,13 @@
 
 import importlib
 import json
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -315,6 +317,16 @@ def test_load_a_saved_folder(tmp_path):
         load_folder(tmp_path)
     torch.save(model.state_dict(), tmp_path / "diffusion_pytorch_model.bin")
     with pytest.raises(ConfigError, match="the weights cannot be loaded"):
+        load_folder(tmp_path)
+
+
+def test_a_saved_folder_without_a_weight_is_refused(tmp_path):
+    shutil.copytree(EMOJI, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    stored = load_file(path)
+    name = sorted(stored)[0]
+    save_file({each: value for each, value in stored.items() if each != name}, path)
+    with pytest.raises(ConfigError, match=f"1 of the network's {len(stored)} .* such as '{name}'"):
         load_folder(tmp_path)
 
 
