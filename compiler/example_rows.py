@@ -288,6 +288,12 @@ def control(net: Network) -> torch.Tensor:
     return net.normal(net.batch, channels, *(PIXELS * side for side in net.sides))
 
 
+def control_video(net: Network) -> torch.Tensor | None:
+    """A video of a latent's size that steers, shape (batch, channels, frames, height, width)."""
+    channels = width_of(net, ("vace_in_channels",))
+    return net.normal(net.batch, channels, FRAMES, *net.sides) if channels else None
+
+
 def control_mask(net: Network) -> torch.Tensor | None:
     """Which pixels of what steers a ControlNet are told: all, as one more channel of it."""
     if not net.config.get("concat_conditioning_mask"):
@@ -386,6 +392,7 @@ ROWS: tuple[tuple[str, Row], ...] = (
     ("visual_rope_pos", places),
     ("text_rope_pos", lambda net: torch.arange(net.length)),
     ("chunk_partition", lambda net: [FRAMES]),
+    ("control_hidden_states", control_video),
     ("control_type", control_kinds),
     ("control_type_idx", lambda net: [0]),
     ("conditioning_mask", control_mask),

@@ -164,3 +164,21 @@ def test_samples_picked_by_truth_values_are_captured_with_them():
     assert {item.name for item in program.inputs if item.role is Role.STATIC} >= {"prompt_drop"}
     assert compare(program) is not None
     assert compare(program)[0] == 0.0  # type: ignore[index]
+
+
+def test_a_video_that_steers_is_as_large_as_the_latent():
+    class Steered(nn.Module):
+        config: ClassVar = {"in_channels": 4, "vace_in_channels": 6}
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.control = nn.Conv3d(4, 8, 1), nn.Conv3d(6, 8, 1)
+
+        def forward(
+            self, sample: torch.Tensor, control_hidden_states: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            assert control_hidden_states is not None
+            return self.layer(sample) + self.control(control_hidden_states)
+
+    found = derive_inputs(Steered(), size=8)
+    assert found["control_hidden_states"].shape == (2, 6, *found["sample"].shape[2:])
