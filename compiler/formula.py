@@ -16,7 +16,7 @@ def evaluated(text: str, sizes: Mapping[str, int]) -> int | None:
     """The value of `frames * (height // 2)`; None where something else than sizes is in it."""
     try:
         return value_of(ast.parse(text, mode="eval").body, sizes)
-    except (KeyError, TypeError, SyntaxError, ZeroDivisionError):
+    except (KeyError, TypeError, SyntaxError, ValueError, RecursionError, ZeroDivisionError):
         return None
 
 

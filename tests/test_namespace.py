@@ -24,6 +24,7 @@ HEAVY = ("torch", "onnxruntime", "pydantic", "numpy", "onnx", "diffusers", "rich
 DEVICE = (
     "errors",
     "plan",
+    "formula",
     "arguments",
     "buckets",
     "arrays",
