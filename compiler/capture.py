@@ -93,11 +93,7 @@ def captured(
     symbols = symbol_names(leaves, names, graph, found, dynamic or {})
     steps = checked_steps(exported, graph, symbols, dynamic or {})
     expected, result = expected_outputs(model, inputs, exported)
-    words = {**derived_sizes(graph, symbols), **symbols}
-    described = tuple(
-        described_input(leaf, name, found[leaf.label], sizes(graph, name, words))
-        for leaf, name in zip(leaves, names, strict=True)
-    )
+    described = described_inputs(dict(zip(names, leaves, strict=True)), found, graph, symbols)
     part = whole(graph, described)
     on_meta = any(leaf.tensor.is_meta for leaf in leaves)
     return Program(
@@ -123,6 +119,18 @@ def whole(graph: fx.Graph, described: Iterable[Input]) -> Part:
     depends = dependences(graph, sources)[graph.output_node()]
     outputs = output_names(len(graph.output_node().args[0]))  # type: ignore[arg-type]
     return Part("full", depends | ROLE_DEPENDS[Role.LATENT], graph, outputs)
+
+
+def described_inputs(
+    leaves: Mapping[str, Leaf], roles: Mapping[str, Role], graph: fx.Graph,
+    symbols: Mapping[str, str],
+) -> tuple[Input, ...]:  # fmt: skip
+    """What the Session has to know of the inputs, by the graph's names for them."""
+    words = {**derived_sizes(graph, symbols), **symbols}
+    return tuple(
+        described_input(leaf, name, roles[leaf.label], sizes(graph, name, words))
+        for name, leaf in leaves.items()
+    )
 
 
 def described_input(leaf: Leaf, name: str, role: Role, shape: tuple[Dim, ...]) -> Input:
