@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coverage_config import Search, classes
+from coverage_config import Search, networks
 from coverage_show import markdown
-from coverage_stages import STAGES, Subject, reason_of, run_stages
+from coverage_stages import EACH_STEP, STAGES, Subject, reason_of, run_stages
 from rich.console import Console
 
 from effuse.build import versions
@@ -39,7 +39,7 @@ from effuse.evaluate import machine
 ROOT = Path(__file__).resolve().parent
 CONFIGS = ROOT / "coverage_configs.json"
 LIBRARIES = ("effuse", "torch", "onnxruntime", "diffusers")
-ORDER = ("UNet", "transformer", "ControlNet", "autoencoder", "other")
+ORDER = ("UNet", "transformer", "ControlNet", "autoencoder", "encoder", "other")
 COMPUTING = 150  # seconds of one class at most
 MEMORY = 3 << 30  # bytes of one class at most: one that could not be shrunk is a row
 CONSOLE = Console()
@@ -49,7 +49,7 @@ def main(given: Sequence[str] | None = None) -> int:
     """Read the arguments and run; 0 whatever the classes do, since a miss is a row."""
     options = parsed(given)
     warnings.simplefilter("ignore")
-    known = classes()
+    known = networks()
     chosen = sorted((name for name in known if re.search(options.only, name)),
                     key=lambda name: (ORDER.index(known[name]), name))  # fmt: skip
     if options.list:
@@ -128,10 +128,11 @@ def one(name: str, options: argparse.Namespace) -> None:
 
     place = partial(name, options)
     place.write_text("{}", encoding="utf-8")
-    kind = getattr(diffusers, name)
+    home, _, method = name.partition(".")
+    kind = getattr(diffusers, home)
     known = {} if options.search else saved().get(name)
     if not known:
-        search = Search(kind, hints().get(name, {}))
+        search = Search(kind, hints().get(home, {}), method)
         known = {"config": search.find(), "side": search.side}
         place.write_text(json.dumps({"found": known, "stages": search.failed}), encoding="utf-8")
         if search.failed:
@@ -140,7 +141,8 @@ def one(name: str, options: argparse.Namespace) -> None:
     def tell(row: Mapping[str, Any]) -> None:
         place.write_text(json.dumps({"found": known, **row}), encoding="utf-8")
 
-    run_stages(Subject(kind, known["config"], known["side"]), tell, options.stages)
+    stages = tuple(s for s in options.stages if not (method and s in EACH_STEP))
+    run_stages(Subject(kind, known["config"], known["side"], method), tell, stages)
 
 
 def partial(name: str, options: argparse.Namespace) -> Path:

@@ -23,16 +23,19 @@ from torch import nn
 
 from effuse.errors import InputError
 from effuse.examples import derive_inputs
+from effuse.method import as_network
 
 ENOUGH = 3_000_000  # parameters and buffers: no smaller network is looked for
 MOST = 40_000_000  # of what is still run on real numbers
 COUNTS = r"layers|depth|num_blocks|blocks_per|n_layer|repeats|num_.*blocks"  # names of counts
 LAYERS = 2  # of each kind, so that there is a repetition
 SIDES = (16, 64, None)  # of the latent, the first that the network takes; None: its own
+DECODED_SIDES = (4, 8, 32, None)  # the same where a picture of many more pixels is made of it
 KINDS = {"unets": "UNet", "transformers": "transformer", "controlnets": "ControlNet",
          "adapter": "ControlNet", "autoencoders": "autoencoder",
          "vq_model": "autoencoder"}  # fmt: skip
 OTHER = "other"
+PAIR = {"decode": "autoencoder", "encode": "encoder"}  # methods by which an autoencoder is known
 UNBUILT = "cannot be built"
 SHRUNK_TRIALS = 12  # of inputs, where those of a wider network are known to be found
 Config = dict[str, Any]
@@ -54,6 +57,24 @@ def classes() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def networks() -> dict[str, str]:
+    """What is tried, with its kind: each class, or of an autoencoder both methods of the pair."""
+    import diffusers
+
+    found = {}
+    for name, kind in classes().items():
+        paired = all(callable(getattr(getattr(diffusers, name), method, None)) for method in PAIR)
+        found |= (
+            {f"{name}.{method}": own for method, own in PAIR.items()} if paired else {name: kind}
+        )
+    return found
+
+
+def entered(model: nn.Module, method: str) -> nn.Module:
+    """The network, or its method as one."""
+    return as_network(getattr(model, method)) if method else model
+
+
 def computes(kind: type[nn.Module]) -> bool:
     """Whether forward uses the network at all: some classes hold parts for others, no more."""
     forward = inspect.unwrap(kind.forward)
@@ -66,6 +87,7 @@ class Search:
 
     kind: type[nn.Module]
     base: Config
+    method: str = ""
     seconds: float = 15.0  # of computing
     trials: int = 50
 
@@ -103,7 +125,7 @@ class Search:
         except Exception as error:
             return f"{UNBUILT}: {type(error).__name__}: {str(error)[:200]}"
         try:
-            derive_inputs(model, size=side, trials=self.trials)
+            derive_inputs(entered(model, self.method), size=side, trials=self.trials)
         except InputError as error:
             return str(error)
         return None
@@ -114,19 +136,20 @@ class Search:
 
     def find(self) -> Config:
         """The smallest configuration that was found in time; else `failed` says where it ends."""
-        self.side = SIDES[0]
+        sides = DECODED_SIDES if self.method == "decode" else SIDES
+        self.side = sides[0]
         config = self.fewer_layers({**small_settings(self.defaults), **self.base})
         if self.weight(config) < MOST and self.works(config):
             return self.narrower(config)
         config = self.fewer_layers(dict(self.base))
         reasons: dict[int | None, str | None] = {}
-        for side in SIDES:
+        for side in sides:
             reasons[side] = self.reason(config, side)
             if reasons[side] is None:
                 self.side = side
                 self.trials = SHRUNK_TRIALS
                 return self.mended(self.narrower(config))
-        first = str(reasons[SIDES[0]])
+        first = str(reasons[sides[0]])
         self.failed = {"built": first} if first.startswith(UNBUILT) else {"inputs": first}
         return config
 
@@ -145,7 +168,7 @@ class Search:
     def works(self, config: Config) -> bool:
         """Whether the network runs on real numbers: a table's end shows on these alone."""
         try:
-            model = construct(self.kind, config).eval()
+            model = entered(construct(self.kind, config).eval(), self.method)
             with torch.no_grad():
                 model(**derive_inputs(model, size=self.side, trials=self.trials))
         except Exception:

@@ -8,7 +8,8 @@ from typing import Any
 from coverage_stages import STAGES
 
 DENOISERS = ("UNet", "transformer", "ControlNet")
-TITLES = {"denoisers": DENOISERS, "autoencoders": ("autoencoder",), "others": ("other",)}
+TITLES = {"denoisers": DENOISERS, "autoencoders": ("autoencoder",), "encoders": ("encoder",),
+          "others": ("other",)}  # fmt: skip
 MARKS = {True: "yes", None: ""}
 
 
@@ -18,7 +19,8 @@ def markdown(document: Mapping[str, Any]) -> str:
     lines = ["# Every network class of diffusers, stage by stage", "",
              f"{document['date']}, {document['machine']['processor']}; {about}.", "",
              "A small network of each class, with random weights, on inputs that effuse derives.",
-             "What is blank was not run; a class that is not listed was not tried.", "",
+             "What is blank was not run; a class that is not listed was not tried.",
+             "An autoencoder is taken as two networks, its `decode` and its `encode`.", "",
              *counts(document), ""]  # fmt: skip
     for title, kinds in TITLES.items():
         names = of_kinds(document, kinds)

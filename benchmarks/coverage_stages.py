@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coverage_config import construct
+from coverage_config import construct, entered
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -27,6 +27,7 @@ from effuse.program import Program
 from effuse.verify import compare, exact_bound
 
 STAGES = ("built", "inputs", "captured", "exact", "hoisted", "onnx", "w8a8", "cached")
+EACH_STEP = ("cached",)  # of what is called in every step, which an autoencoder is not
 TIMES = (1000.0, 750.0, 500.0, 250.0)
 SPREAD = 0.05  # of what replaces parameters that are zero at the start of training
 
@@ -38,12 +39,14 @@ class Subject:
     kind: type[nn.Module]
     config: Mapping[str, Any]
     side: int | None
+    method: str = ""
     found: dict[str, Any] = field(default_factory=dict)
 
     def built(self) -> None:
         """Random weights, none of them zero: a branch that is zero at the start would hide."""
         torch.manual_seed(0)
-        self.model = construct(self.kind, dict(self.config)).float().eval()
+        model = construct(self.kind, dict(self.config)).float().eval()
+        self.model = entered(model, self.method)
         with torch.no_grad():
             for each in self.model.parameters():
                 if not each.any():

@@ -17,7 +17,18 @@ from typing import Any
 import torch
 
 from effuse.example_rows import FRAMES, Network, guessed, is_time
-from effuse.example_shapes import Inputs, counted, leaves, placed, repeated, reshaped, resized
+from effuse.example_shapes import (
+    Inputs,
+    alone,
+    counted,
+    leaves,
+    lengthened,
+    patched,
+    placed,
+    repeated,
+    reshaped,
+    resized,
+)
 from effuse.example_trial import Failure
 
 TRIALS = 100  # at most, for one network
@@ -52,6 +63,8 @@ def proposals(failed: Failure, net: Network, inputs: Inputs) -> Iterator[Inputs]
     """Inputs that may fare better, likely ones first."""
     names = blamed(failed, net, inputs)
     yield from widths(failed, names, inputs)
+    if failed.wanted and not failed.conv:
+        yield from patched(failed.wanted, failed.shapes[0][-1], names, inputs)
     yield from integers(failed, names, inputs)
     if isinstance(failed.error, IndexError):
         yield from longer(names, inputs)
@@ -70,6 +83,7 @@ def proposals(failed: Failure, net: Network, inputs: Inputs) -> Iterator[Inputs]
     yield from counted(str(failed.error), names, inputs)
     yield from repeated(failed.shapes, net.batch, names, inputs)
     yield from removals(failed, net, inputs)
+    yield from lengthened(names, inputs)
     yield from itertools.islice(sizes(failed, names, inputs), SIZES_TOLD)
     yield from ranks(names[2:] if told else names, net, inputs)
 

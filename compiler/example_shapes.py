@@ -11,6 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 Inputs = dict[str, Any]
+SAMPLES = 4096  # of a signal
 MISCOUNTED = re.compile(r"shape '\[([\d, ]+)\]' is invalid for input of size (\d+)")
 
 
@@ -28,6 +29,18 @@ def counted(message: str, names: Sequence[str], inputs: Inputs) -> Iterator[Inpu
                     yield placed(inputs, path, resized(leaf, axis, size))
 
 
+def patched(wanted: int, given: int, names: Sequence[str], inputs: Inputs) -> Iterator[Inputs]:
+    """The channels of pictures, where a layer was given patches of them of another width."""
+    for name in names:
+        for path, leaf in leaves(inputs, name):
+            axis = 1 if len(path) == 1 else 0  # a list holds samples
+            channels = leaf.shape[axis] if leaf.dim() > axis + 2 else 0
+            if channels and given % channels == 0 and given != wanted:
+                size, rest = divmod(channels * wanted, given)
+                if size and not rest:
+                    yield placed(inputs, path, resized(leaf, axis, size))
+
+
 def repeated(
     shapes: Sequence[tuple[int, ...]], batch: int, names: Sequence[str], inputs: Inputs
 ) -> Iterator[Inputs]:
@@ -39,6 +52,33 @@ def repeated(
             if leaf.dim() == 3 and leaf.shape[0] == batch:
                 for count in times:
                     yield placed(inputs, path, leaf.repeat_interleave(count, 0))
+
+
+def lengthened(names: Sequence[str], inputs: Inputs) -> Iterator[Inputs]:
+    """Signals of more samples, in one channel or in all, and videos of one frame more.
+
+    Networks halve a signal again and again, and take a first frame apart from all others.
+    """
+    for name in names:
+        for path, leaf in leaves(inputs, name):
+            if leaf.dim() == 5:
+                yield placed(inputs, path, resized(leaf, 2, leaf.shape[2] + 1))
+            if leaf.dim() == 3 and leaf.shape[-1] < SAMPLES:
+                longer = resized(leaf, 2, SAMPLES)
+                yield placed(inputs, path, longer)
+                yield placed(inputs, path, longer[:, :1].clone())
+
+
+def alone(message: str, batch: int, inputs: Inputs) -> Iterator[Inputs]:
+    """One sample, where a reshape is given each sample's elements once for every sample."""
+    told = MISCOUNTED.search(message)
+
+    def first(leaf: Any) -> Any:
+        batched = isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == batch
+        return leaf[:1].clone() if batched else leaf
+
+    if told and batch > 1 and int(told[2]) == batch * math.prod(map(int, told[1].split(","))):
+        yield pytree.tree_map(first, inputs)
 
 
 def leaves(inputs: Inputs, name: str) -> list[tuple[Any, torch.Tensor]]:

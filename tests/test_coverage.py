@@ -18,7 +18,7 @@ if not BENCHMARKS.exists():
 sys.path.insert(0, str(BENCHMARKS))
 
 import coverage_config  # noqa: E402
-from coverage_config import Search, classes, construct, floored, halved  # noqa: E402
+from coverage_config import Search, classes, construct, floored, halved, networks  # noqa: E402
 from coverage_show import counts, markdown  # noqa: E402
 from coverage_stages import Subject, run_stages  # noqa: E402
 
@@ -52,6 +52,20 @@ class Broken(Wide):
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("out of order")
+
+
+class Pair(nn.Module):
+    """Two methods; the latent's channels are not the picture's."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, width, 4, stride=4), nn.Conv2d(width, 3, 3, padding=1)
+
+    def encode(self, x: torch.Tensor, return_dict: bool = True) -> torch.Tensor:
+        return self.first(x)
+
+    def decode(self, z: torch.Tensor, return_dict: bool = True) -> torch.Tensor:
+        return self.last(z).tanh()
 
 
 @pytest.fixture
@@ -126,6 +140,23 @@ def test_a_network_that_borrows_parts_is_made_with_their_lender(monkeypatch: pyt
     assert "from_lender" in config
     search = Search(Borrowing, config)
     assert search.build(config) is not None
+
+
+def test_an_autoencoder_is_two_networks():
+    found = networks()
+    assert found["AutoencoderKL.decode"] == "autoencoder"
+    assert found["AutoencoderKL.encode"] == "encoder"
+    assert "AutoencoderKL" not in found
+    assert found["UNet2DConditionModel"] == "UNet"
+
+
+@pytest.mark.parametrize(("method", "shape"), [("decode", (2, 64, 4, 4)), ("encode", (2, 3, 4, 4))])
+def test_stages_of_a_method(method: str, shape: tuple[int, ...]):
+    assert Search(Pair, {}, method).works({"width": 64})
+    subject = Subject(Pair, {"width": 64}, 4, method)
+    done = run_stages(subject, lambda row: None, ("built", "inputs", "captured", "exact"))
+    assert set(done.values()) == {True}
+    assert next(iter(subject.given.values())).shape == shape
 
 
 def test_stages_end_where_one_fails():

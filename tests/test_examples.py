@@ -77,6 +77,72 @@ class Counting(nn.Module):
         raise ValueError("never")
 
 
+class OneFrame(nn.Module):
+    """A picture with an axis of frames, of more channels than the first layer has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Conv3d(3, 12, 1), nn.Conv2d(12, 3, 1)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        if z.dim() < 5:
+            raise ValueError("not enough values to unpack")
+        return self.decoder(z.squeeze(2)).unsqueeze(2)
+
+
+class Computed(nn.Module):
+    """Keeps a weight that it has computed of its parameters, with its inputs first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 1)
+        self.layer = nn.utils.weight_norm(nn.ConvTranspose2d(12, 3, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+class Signal(nn.Module):
+    """One channel of a signal that is longer than the kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layer = nn.Conv1d(3, 3, 1), nn.Conv1d(1, 1, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] != 1:
+            raise ValueError("a signal has one channel")
+        return self.layer(x)
+
+
+class Angles(nn.Module):
+    """Takes frames one by one after the first, and puts waves in the channels' place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = {"in_channels": 15}
+        self.last, self.first = nn.Conv3d(4, 4, (3, 1, 1), stride=(2, 1, 1)), nn.Linear(15, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        waves = torch.cat([(x * n).sin() for n in range(5)], 1)
+        found = self.first(waves.movedim(1, -1))
+        if x.shape[2] % 2 == 0:
+            raise ValueError("no first frame")
+        return self.last(found.movedim(-1, 1))
+
+
+class Alone(nn.Module):
+    """Mixes up the samples of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = self.layer(x)
+        return (found[:, None] + found[None]).squeeze(1).reshape(found.shape)
+
+
 def shapes(model: nn.Module, **options: Any) -> dict[str, Any]:
     found = derive_inputs(model.eval(), size=8, **options)
     with torch.no_grad():
@@ -99,6 +165,27 @@ def test_a_rank_is_what_forward_unpacks():
 
 def test_an_argument_that_forward_does_without_in_name_only():
     assert shapes(Demanding())["pooled_vector"] == (2, 6)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_weight_that_is_no_parameter():
+    assert shapes(Computed())["x"] == (2, 12, 8, 8)
+
+
+def test_rank_and_width_may_be_wrong_at_once():
+    assert shapes(OneFrame())["z"] == (2, 12, 1, 8, 8)
+
+
+def test_signals_are_long_and_have_one_channel():
+    assert shapes(Signal())["x"] == (2, 1, 4096)
+
+
+def test_what_is_multiplied_before_a_layer():
+    assert shapes(Angles())["x"] == (2, 3, 9, 8, 8)
+
+
+def test_one_sample_where_a_network_takes_no_more():
+    assert shapes(Alone())["x"] == (1, 3, 8, 8)
 
 
 def test_lists_of_tensors():
