@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from effuse.example_rows import guessed
-from effuse.example_shapes import counted, repeated
+from effuse.example_shapes import counted, patched, repeated
 from effuse.examples import config_of, derive_inputs, describe
 
 
@@ -25,6 +25,18 @@ class Stacked(nn.Module):
         batch, length, _ = hidden_states.shape
         apart = hidden_states.transpose(1, 2).reshape(batch, 5, 6, length)
         return self.layer(apart.mean(1).mT)
+
+
+class Patches(nn.Module):
+    """Patches of 2×2 pixels as tokens, and no channels but in the width of their layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4 * 3, 4)
+
+    def forward(self, x: list[torch.Tensor]) -> list[torch.Tensor]:
+        apart = [each.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)) for each in x]
+        return [self.layer(each.permute(1, 3, 2, 4, 0).flatten(2)) for each in apart]
 
 
 class Framed(nn.Module):
@@ -95,6 +107,19 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def test_a_width_is_what_a_reshape_counts():
     assert shapes(Stacked())["hidden_states"][-1] == 30
+
+
+def test_channels_are_those_of_which_patches_have_a_layer_s_width():
+    found = derive_inputs(Patches().eval(), size=8, trials=1)["x"]  # at once, not by luck
+    assert [tuple(each.shape) for each in found] == [(3, 8, 8)] * 2
+
+
+def test_what_is_no_patch_of_a_picture_keeps_its_channels():
+    inputs = {"x": torch.ones(2, 8, 4, 4), "prompt": torch.ones(2, 8, 4)}
+    given = [(12, 30), (12, 12), (7, 32)]  # no whole patches, none to change, no whole channels
+    assert not [each for pair in given for each in patched(*pair, list(inputs), inputs)]
+    (found,) = patched(16, 32, list(inputs), inputs)
+    assert found["x"].shape == (2, 4, 4, 4)
 
 
 @pytest.mark.parametrize("message", ["shape '[2, 5]' is invalid for input of size 7", "another"])
