@@ -110,7 +110,7 @@ def test_a_width_is_what_a_reshape_counts():
 
 
 def test_channels_are_those_of_which_patches_have_a_layer_s_width():
-    found = derive_inputs(Patches().eval(), size=8, trials=1)["x"]  # at once, not by luck
+    found = derive_inputs(Patches().eval(), size=8, trials=5)["x"]  # 3 do; by luck 23
     assert [tuple(each.shape) for each in found] == [(3, 8, 8)] * 2
 
 
