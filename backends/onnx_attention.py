@@ -20,6 +20,28 @@ aten, ops = torch.ops.aten, torch.ops.effuse
 HEADS_FIRST = ((1, 2), (2, 1), (-3, -2), (-2, -3))
 
 
+def give_one_head(graph: fx.Graph) -> None:
+    """sdpa(q, k, v) of (batch, tokens, width) -> the same of one head each; exact.
+
+    ONNX's attention, and the exporter, know no other than (batch, heads, tokens, width).
+    """
+    for node in calls(graph, aten.scaled_dot_product_attention.default):
+        *given, mask, dropout, causal = _arguments(node)
+        if any(value_of(each).dim() != 3 for each in given):
+            continue
+        if isinstance(mask, fx.Node) and value_of(mask).dim() == 3:
+            given.append(mask)
+        with graph.inserting_before(node):
+            query, key, value, *masks = (
+                emit(graph, aten.unsqueeze.default, each, 1, like=node) for each in given
+            )
+            found = emit(
+                graph, aten.scaled_dot_product_attention.default, query, key, value,
+                *(masks or [mask]), dropout, causal, scale=node.kwargs.get("scale"), like=node,
+            )  # fmt: skip
+            substitute(node, emit(graph, aten.squeeze.dim, found, 1, like=node))
+
+
 def fuse_attention(graph: fx.Graph) -> None:
     """sdpa(heads(q), heads(k), heads(v)) -> heads(attention(q, k, v))."""
     for node in calls(graph, aten.scaled_dot_product_attention.default):

@@ -10,7 +10,7 @@ from onnxscript import opset21 as op
 from onnxscript.ir import DataType
 from torch import fx
 
-from effuse.backends.onnx_attention import fuse_attention
+from effuse.backends.onnx_attention import fuse_attention, give_one_head
 from effuse.backends.onnx_integer import bind_integer_layers, bind_nbits, restore_weights
 from effuse.backends.onnx_resize import gather_uneven
 from effuse.backends.onnx_runtime_ops import MATMUL_NBITS, MULTI_HEAD_ATTENTION
@@ -210,6 +210,7 @@ def prepare(graph: fx.Graph, weights: WeightStore, contrib: bool = True) -> None
     """Rewrite a copy of a part for ONNX Runtime, with its own operators or without; exact."""
     idle_squeezes(graph)
     gather_uneven(graph, weights)
+    give_one_head(graph)
     if contrib:
         fuse_attention(graph)
         bind_integer_layers(graph)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from effuse.backends.onnx_attention import fuse_attention, unfit
+from effuse.backends.onnx_attention import fuse_attention, give_one_head, unfit
 from effuse.capture import capture
 from effuse.graph import calls, clone, eliminate, evaluate
 from effuse.pass_manager import run_passes
@@ -44,6 +44,41 @@ def graph_of(model, dtype=torch.float32):
     program = run_passes(capture(model.eval(), {"sample": sample}), (Canonicalize(),))
     graph, _ = clone(program.parts[0].graph)
     return graph, program.weights, {"sample": sample}
+
+
+class Headless(nn.Module):
+    """Attention over (batch, tokens, width), the mask as it comes."""
+
+    def __init__(self, mask=None):
+        super().__init__()
+        self.key, self.mask = nn.Linear(8, 8), mask
+
+    def forward(self, sample):
+        key = self.key(sample)
+        return F.scaled_dot_product_attention(sample, key, key, attn_mask=self.mask, scale=0.3)
+
+
+@pytest.mark.parametrize("shape", [None, (6, 6), (2, 6, 6)])
+def test_attention_without_heads_has_one(shape):
+    mask = None if shape is None else torch.randn(shape)
+    graph, weights, values = graph_of(Headless(mask))
+    expected = evaluate(graph, weights, values)
+    give_one_head(graph)
+    eliminate(graph)
+    (node,) = calls(graph, SDPA)
+    assert node.meta["val"].shape == (2, 1, 6, 8)
+    torch.testing.assert_close(evaluate(graph, weights, values), expected)
+    fuse_attention(graph)
+    eliminate(graph)
+    assert bool(calls(graph, SDPA)) is (shape == (6, 6))  # a mask for all samples and heads
+    torch.testing.assert_close(evaluate(graph, weights, values), expected)
+
+
+def test_attention_with_heads_keeps_them():
+    graph, _, _ = graph_of(Attention())
+    before = [node.target for node in graph.nodes]
+    give_one_head(graph)
+    assert [node.target for node in graph.nodes] == before
 
 
 MASKS = {
