@@ -116,6 +116,8 @@ def widths(failed: Failure, names: list[str], inputs: Inputs) -> Iterator[Inputs
                         yield placed(inputs, path, resized(leaf, axis, size - surplus))
     for name in names:  # or it is multiplied before the layer
         for path, leaf in leaves(inputs, name):
+            if not leaf.dim():
+                continue
             axis = channel_axis(leaf)
             size, rest = divmod(leaf.shape[axis] * failed.wanted, failed.wanted + surplus)
             if surplus and size and not rest:

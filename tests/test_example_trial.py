@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from effuse.capture import capture
+from effuse.errors import InputError
 from effuse.example_repair import repaired
 from effuse.example_trial import trial
 from effuse.examples import derive_inputs, describe, first_guess
@@ -106,6 +107,22 @@ class Dropping(nn.Module):
         kept = self.table(token_ids)
         kept[prompt_drop] *= 0.0
         return sample + self.layer(kept).mean(dim=1)[:, :, None, None]
+
+
+class Mixed(nn.Module):
+    """Layers of two dtypes, of which the second takes nothing that the first gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 8, 1), nn.Conv2d(8, 4, 1).double()
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(sample) + timestep)
+
+
+def test_a_timestep_has_no_width_to_mend():
+    with pytest.raises(InputError, match=r"does not take the examples.*timestep \(.*type.*inputs="):
+        derive_inputs(Mixed().eval(), size=8)
 
 
 def test_what_a_network_keeps_from_its_first_call_is_no_progress():
