@@ -15,7 +15,9 @@ KEPT = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))  # ᾱ of DDPM's linear bet
 def sample(run: Run, inputs: Arrays, timesteps: Sequence[int]) -> tuple[np.ndarray, float]:
     """The last picture, in [-1, 1], from the inputs' own noise; seconds inside the network.
 
-    The network predicts noise of the sample's shape; x₀ is clipped.
+    What the network gives, of the sample's shape, is taken for v = √ᾱ ε - √(1 - ᾱ) x₀: a step then
+    turns the sample by a small angle whatever v is. As a noise prediction, divided by √ᾱ, what a
+    random network gives would throw the first samples about as no trained one does.
     """
     name = next(each for each in inputs if inputs[each].ndim == 4)
     x, seconds = inputs[name].astype(np.float64), 0.0
@@ -23,9 +25,10 @@ def sample(run: Run, inputs: Arrays, timesteps: Sequence[int]) -> tuple[np.ndarr
         given = {**inputs, name: x.astype(np.float32),
                  "timestep": np.full_like(inputs["timestep"], now)}  # fmt: skip
         start = time.perf_counter()
-        noise = run(given).astype(np.float64)
+        v = run(given).astype(np.float64)
         seconds += time.perf_counter() - start
         kept, left = KEPT[now], 1.0 if then is None else KEPT[then]
-        clean = np.clip((x - math.sqrt(1 - kept) * noise) / math.sqrt(kept), -1, 1)
+        clean = math.sqrt(kept) * x - math.sqrt(1 - kept) * v
+        noise = math.sqrt(kept) * v + math.sqrt(1 - kept) * x
         x = math.sqrt(left) * clean + math.sqrt(1 - left) * noise
     return np.clip(x, -1, 1), seconds

@@ -34,7 +34,7 @@ ROWS = (BASELINE, PEER, f"{PEER}, f32", *OURS)
 FITTING = (
     "unet-36m-50",
     "tiny",
-)  # networks without guidance that predict noise of the sample's shape
+)  # networks without guidance whose output is of the sample's shape
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,14 +34,15 @@ def test_the_run_is_that_of_diffusers(module):
     _, seconds = module("cpu_trajectory").sample(run, inputs, times)
     assert seen == times and seconds > 0 and int(inputs["timestep"]) == 5
     scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
-                              set_alpha_to_one=True, steps_offset=1)  # fmt: skip
+                              set_alpha_to_one=True, steps_offset=1, clip_sample=False,
+                              prediction_type="v_prediction")  # fmt: skip
     scheduler.set_timesteps(5)
     assert scheduler.timesteps.tolist() == [801, 601, 401, 201, 1]
     seen.clear()
     x = torch.from_numpy(start)
     for time in scheduler.timesteps:
-        noise = run({"sample": x.numpy(), "timestep": np.array(int(time))})
-        x = scheduler.step(torch.from_numpy(noise), time, x).prev_sample
+        v = run({"sample": x.numpy(), "timestep": np.array(int(time))})
+        x = scheduler.step(torch.from_numpy(v), time, x).prev_sample
     other, _ = module("cpu_trajectory").sample(run, inputs, seen[:])
     np.testing.assert_allclose(other, x.clamp(-1, 1).numpy(), atol=1e-4)
 
