@@ -131,7 +131,10 @@ def one(name: str, options: argparse.Namespace) -> None:
     home, _, method = name.partition(".")
     kind = getattr(diffusers, home)
     known = {} if options.search else saved().get(name)
-    if not known:
+    given = told_inputs().get(name, {})
+    if given:
+        known = {"config": Search(kind, hints().get(home, {}), method).guess(), "side": None}
+    elif not known:
         search = Search(kind, hints().get(home, {}), method)
         known = {"config": search.find(), "side": search.side}
         place.write_text(json.dumps({"found": known, "stages": search.failed}), encoding="utf-8")
@@ -142,7 +145,7 @@ def one(name: str, options: argparse.Namespace) -> None:
         place.write_text(json.dumps({"found": known, **row}), encoding="utf-8")
 
     stages = tuple(s for s in options.stages if not (method and s in EACH_STEP))
-    run_stages(Subject(kind, known["config"], known["side"], method), tell, stages)
+    run_stages(Subject(kind, known["config"], known["side"], method, given), tell, stages)
 
 
 def partial(name: str, options: argparse.Namespace) -> Path:
@@ -184,6 +187,12 @@ def saved() -> dict[str, Any]:
 def hints() -> dict[str, Any]:
     """Settings that a class has no defaults for, or that do not fit each other."""
     path = ROOT / "coverage_hints.json"
+    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def told_inputs() -> dict[str, Any]:
+    """Inputs of classes for which effuse derives none."""
+    path = ROOT / "coverage_inputs.json"
     return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 

@@ -138,7 +138,7 @@ class Search:
         """The smallest configuration that was found in time; else `failed` says where it ends."""
         sides = DECODED_SIDES if self.method == "decode" else SIDES
         self.side = sides[0]
-        config = self.fewer_layers({**small_settings(self.defaults), **self.base})
+        config = self.guess()
         if self.weight(config) < MOST and self.works(config):
             return self.narrower(config)
         config = self.fewer_layers(dict(self.base))
@@ -152,6 +152,10 @@ class Search:
         first = str(reasons[sides[0]])
         self.failed = {"built": first} if first.startswith(UNBUILT) else {"inputs": first}
         return config
+
+    def guess(self) -> Config:
+        """Few layers, and small values by their names."""
+        return self.fewer_layers({**small_settings(self.defaults), **self.base})
 
     def mended(self, config: Config) -> Config:
         """Without a setting for which the network fails on real numbers, if there is one."""

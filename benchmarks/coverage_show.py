@@ -19,6 +19,7 @@ def markdown(document: Mapping[str, Any]) -> str:
     lines = ["# Every network class of diffusers, stage by stage", "",
              f"{document['date']}, {document['machine']['processor']}; {about}.", "",
              "A small network of each class, with random weights, on inputs that effuse derives.",
+             "Where it derives none, coverage_inputs.json may tell some: a miss of `inputs` alone.",
              "What is blank was not run; a class that is not listed was not tried.",
              "An autoencoder is taken as two networks, its `decode` and its `encode`.", "",
              *counts(document), ""]  # fmt: skip

@@ -216,7 +216,8 @@ def sizes(failed: Failure, names: list[str], inputs: Inputs) -> Iterator[Inputs]
             for axis in reversed(range(leaf.dim())):
                 if leaf.shape[axis] in wanted and axis:
                     for size in wanted:
-                        if size not in (1, leaf.shape[axis]):
+                        large = leaf.numel() // max(leaf.shape[axis], 1) * size > LARGEST
+                        if size not in (1, leaf.shape[axis]) and not large:
                             yield placed(inputs, path, resized(leaf, axis, size))
 
 

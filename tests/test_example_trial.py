@@ -10,8 +10,8 @@ from torch import nn
 
 from effuse.capture import capture
 from effuse.errors import InputError
-from effuse.example_repair import repaired
-from effuse.example_trial import trial
+from effuse.example_repair import repaired, sizes
+from effuse.example_trial import Failure, trial
 from effuse.examples import derive_inputs, describe, first_guess
 from effuse.plan import Role
 from effuse.verify import compare
@@ -123,6 +123,15 @@ class Mixed(nn.Module):
 def test_a_timestep_has_no_width_to_mend():
     with pytest.raises(InputError, match=r"does not take the examples.*timestep \(.*type.*inputs="):
         derive_inputs(Mixed().eval(), size=8)
+
+
+def test_sizes_that_would_fill_the_memory_are_not_tried():
+    error = RuntimeError("expected 60000 or 9")
+    failed = Failure(error, (1, 1, True), ((2, 300),), None, False, ())
+    inputs = {"few": torch.zeros(2, 300), "many": torch.zeros(2, 8, 100, 300)}
+    tried = [tuple(each[name].shape) for each in sizes(failed, ["few", "many"], inputs)
+             for name in inputs if each[name] is not inputs[name]]  # fmt: skip
+    assert tried == [(2, 2), (2, 60000), (2, 9), (2, 8, 100, 2), (2, 8, 100, 9)]
 
 
 def test_what_a_network_keeps_from_its_first_call_is_no_progress():

@@ -1,0 +1,40 @@
+"""Inputs that a row of coverage_inputs.json tells, for a class for which effuse derives none.
+
+A list of sizes is noise of them, {"time": sizes} the timestep, {"table": numbers} whole numbers,
+{"index": sizes} those from 0, {"ones": sizes} truth values, {"list": rows} and {"tuple": rows}
+several, {"value": …} anything else as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+KINDS: Mapping[str, Callable[[Any], Any]] = {
+    "table": torch.tensor,
+    "index": lambda sizes: torch.arange(math.prod(sizes)).reshape(sizes),
+    "ones": lambda sizes: torch.ones(sizes, dtype=torch.bool),
+    "value": lambda each: each,
+}
+
+
+def inputs_of(told: Mapping[str, Any], time: float) -> dict[str, Any]:
+    """The inputs that a row tells, at a timestep; the same noise for the same row."""
+    generator = torch.Generator().manual_seed(0)
+    return {name: made(each, time, generator) for name, each in told.items()}
+
+
+def made(told: Any, time: float, generator: torch.Generator) -> Any:
+    """One input."""
+    if isinstance(told, Sequence):
+        return torch.randn(tuple(told), generator=generator)
+    ((kind, value),) = told.items()
+    if kind == "time":
+        return torch.full(tuple(value), time)
+    if kind in ("list", "tuple"):
+        several = [made(each, time, generator) for each in value]
+        return several if kind == "list" else tuple(several)
+    return KINDS[kind](value)
