@@ -23,6 +23,7 @@ from effuse.graph import (
 )
 from effuse.log import Log
 from effuse.passes.base import Pass, Work
+from effuse.passes.unread import without_addend
 from effuse.program import Part, Program, prune_weights
 from effuse.rates import random
 from effuse.weights import WeightStore, copied, derive
@@ -224,6 +225,7 @@ SIMPLIFICATIONS: tuple[tuple[str, Callable[[fx.Node], Any]], ...] = (
     ("cast", cast),
     ("reshaped", reshaped),
     ("unit", unit),
+    ("addend", without_addend),
 )
 
 
