@@ -11,6 +11,7 @@ from onnxscript.ir import DataType
 from torch import fx
 
 from effuse.backends.onnx_attention import fuse_attention, give_one_head
+from effuse.backends.onnx_complex import widen_pairs
 from effuse.backends.onnx_integer import bind_integer_layers, bind_nbits, restore_weights
 from effuse.backends.onnx_resize import gather_uneven
 from effuse.backends.onnx_runtime_ops import MATMUL_NBITS, MULTI_HEAD_ATTENTION
@@ -211,6 +212,7 @@ def prepare(graph: fx.Graph, weights: WeightStore, contrib: bool = True) -> None
     idle_squeezes(graph)
     gather_uneven(graph, weights)
     give_one_head(graph)
+    widen_pairs(graph)
     if contrib:
         fuse_attention(graph)
         bind_integer_layers(graph)

@@ -27,5 +27,7 @@ def without_addend(node: fx.Node) -> fx.Node | None:
         return None
     graph, alpha = node.graph, node.kwargs.get("alpha", 1)
     with graph.inserting_before(node):
-        product = emit(graph, PRODUCTS[node.target], *node.args[1:], like=node)
-        return product if alpha == 1 else emit(graph, aten.mul.Tensor, product, alpha, like=node)
+        product: fx.Node = emit(graph, PRODUCTS[node.target], *node.args[1:], like=node)
+        if alpha != 1:
+            product = emit(graph, aten.mul.Tensor, product, alpha, like=node)
+    return product
