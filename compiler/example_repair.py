@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from effuse.example_rows import FRAMES, Network, guessed, is_time
+from effuse.example_network import FRAMES, Network
+from effuse.example_rows import guessed, is_time
 from effuse.example_shapes import (
     Inputs,
     alone,

@@ -17,8 +17,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from effuse.errors import InputError
+from effuse.example_network import WAY_OUT, Network
 from effuse.example_repair import TRIALS, repaired
-from effuse.example_rows import ROWS, WAY_OUT, Network, guessed, is_time
+from effuse.example_rows import ROWS, guessed, is_time
 from effuse.example_trial import trial
 
 FIRST = 12  # layers among which, or among those of no block, one with the config's channels enters
