@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import gc
 import os
 from collections.abc import Iterator
@@ -26,20 +24,3 @@ def thawed() -> Iterator[None]:
     """Bindings of C++ complain at exit about what is never collected."""
     yield
     gc.unfreeze()
-
-
-@pytest.fixture(scope="session")
-def operators_once() -> Iterator[None]:
-    """PyTorch's exporter to ONNX collects its operators for every file; here once."""
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-    collect = functools.cache(ONNXRegistry.from_torchlib)
-
-    def copied(**options: int) -> ONNXRegistry:
-        found = copy.copy(collect(**options))
-        found.functions = {target: list(forms) for target, forms in found.functions.items()}
-        return found
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copied))
-        yield

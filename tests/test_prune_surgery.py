@@ -302,7 +302,7 @@ def test_sites_of_one_module_are_named_by_their_weights():
             self.inner = Twice()
 
         def forward(self, sample, timestep):
-            return self.inner(sample, timestep)
+            return 2 * self.inner(sample, timestep)  # no wrapper, which would be left out
 
     torch.manual_seed(0)
     values = {"sample": torch.randn(2, 5, 8), "timestep": torch.full((2,), 300.0)}

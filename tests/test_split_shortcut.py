@@ -385,14 +385,17 @@ def test_a_concatenation_inside_of_an_operand_is_found_in_the_same_run():
     ]  # fmt: skip
 
 
-def test_padding_by_name_is_a_convolution_too():
+@pytest.mark.parametrize(("size", "named"), [(3, 0), (4, 2)])  # 4: uneven, as numbers cannot say
+def test_padding_by_name_is_a_convolution_too(size, named):
     def function(net, sample):
         return net.shortcut(torch.cat([net.deep(sample), sample], dim=1))
 
-    same = nn.Conv2d(6, 3, 3, padding="same", dilation=2)
+    same = nn.Conv2d(6, 3, size, padding="same", dilation=1)
     result = split(program_of(function, deep=conv(4, 2), shortcut=same))
     assert rewrites(result) == 1
-    assert len(calls(result.parts[0].graph, aten.conv2d.padding)) == 2
+    graph = result.parts[0].graph
+    assert len(calls(graph, aten.conv2d.padding)) == named
+    assert len(calls(graph, aten.conv2d.default)) == 3 - named
 
 
 @settings(max_examples=15, deadline=None)

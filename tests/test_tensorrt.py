@@ -26,8 +26,6 @@ from effuse.passes import PRESETS, Canonicalize, Hoist, LowRank, Quantize
 from effuse.program import run_program
 from effuse.targets import TENSORRT
 
-pytestmark = pytest.mark.usefixtures("operators_once")
-
 logging.getLogger("torch.__trace").disabled = True  # pytest's log capture would pay for it
 
 TIMES = (90.0, 50.0, 10.0)

@@ -29,8 +29,6 @@ from effuse.passes import Canonicalize, Lora
 from effuse.plan import factor_axes
 from effuse.program import run_program
 
-pytestmark = pytest.mark.usefixtures("operators_once")
-
 SYMBOLS = json.loads(Path(__file__).with_name("tensorrt_symbols.json").read_text(encoding="utf-8"))
 CLASSES = SYMBOLS["classes"]
 FILES = (tensorrt_builder, tensorrt_run)

@@ -11,8 +11,6 @@ import torch
 import effuse
 from effuse.passes import Cache, Hoist, Lora, LowRank, Quantize
 
-pytestmark = pytest.mark.usefixtures("operators_once")
-
 logging.getLogger("torch.__trace").disabled = True  # pytest's log capture would pay for it
 
 TIMES = [900, 500, 100]
