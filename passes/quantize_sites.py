@@ -117,9 +117,14 @@ def first_layers(part: Part, program: Program) -> set[fx.Node]:
     for node in part.graph.nodes:
         if node.op == "placeholder" and node.target in given and depends[node] & Depends.LATENT:
             fresh.add(node)
-        elif any(source in fresh for source in node.all_input_nodes):
+        elif not is_size(node) and any(source in fresh for source in node.all_input_nodes):
             (first if node.target in LAYERS else fresh).add(node)
     return first.intersection(calls(part.graph, *SITES))
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether it is a size, left open, of a tensor: it says nothing of the tensor's values."""
+    return isinstance(node.meta.get("val"), (int, torch.SymInt))
 
 
 def last_layers(part: Part, program: Program) -> set[fx.Node]:
@@ -130,6 +135,8 @@ def last_layers(part: Part, program: Program) -> set[fx.Node]:
     open_nodes: set[fx.Node] = set()
     last: set[fx.Node] = set()
     for node in reversed(part.graph.nodes):
-        if node in results or any(user in open_nodes for user in node.users):
+        if node in results or (
+            not is_size(node) and any(user in open_nodes for user in node.users)
+        ):
             (last if node.target in LAYERS else open_nodes).add(node)
     return last.intersection(calls(part.graph, *SITES))

@@ -13,8 +13,11 @@ import effuse
 from effuse.backends.reference import session
 from effuse.capture import capture
 from effuse.errors import CaptureError, InputError
+from effuse.graph import module_path
 from effuse.metrics import sqnr_db
-from effuse.passes import Cache, Hoist, Quantize
+from effuse.pass_manager import run_passes
+from effuse.passes import Cache, Canonicalize, Hoist, Quantize
+from effuse.passes.quantize_sites import first_layers, last_layers
 
 sys.path.insert(0, str(Path(__file__).parent))
 try:
@@ -137,6 +140,17 @@ def test_a_transformer_of_the_field_is_eager_s_at_every_size():
             with torch.no_grad():
                 expected = net(**inputs, return_dict=False)[0]
             assert off(model(**inputs, return_dict=False)[0], expected) < 1e-5, (batch, plane)
+
+
+@pytest.mark.parametrize("find", [first_layers, last_layers])
+@pytest.mark.parametrize("kind", [UNet, Tokens])
+def test_open_sizes_lead_no_layer_to_the_ends(kind, find):
+    ends = []
+    for options in ({"dynamic": OPEN[kind]}, {}):
+        program = capture(build(kind), values(kind), timesteps=TIMES, **options)
+        program = run_passes(program, (Canonicalize(),))
+        ends.append({module_path(node) for node in find(program.part("full"), program)})
+    assert ends[0] == ends[1] and ends[0]
 
 
 def test_ids_share_the_symbols_of_what_they_number():
