@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -171,4 +172,5 @@ def run_stages(
 def reason_of(error: Exception) -> str:
     """The first line of an error, and its kind."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    text = re.sub(r'[^\s"]*site-packages/', "", text)  # where a machine keeps its libraries
     return f"{type(error).__name__}: {text}"[:600]
