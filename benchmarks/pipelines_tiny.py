@@ -167,27 +167,45 @@ def flux() -> Any:
     )  # fmt: skip
 
 
-def wan() -> Any:
+def wan(**more: Any) -> Any:
     """Wan 2.1: video, guidance as two calls a step."""
     torch.manual_seed(0)
-    transformer = d.WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16,
-        out_channels=16, text_dim=WIDTH, freq_dim=64, ffn_dim=32, num_layers=2,
-        cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
-    ).eval()  # fmt: skip
     decoder = d.AutoencoderKLWan(
         base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
         temperal_downsample=[False, True, True],
     ).eval()  # fmt: skip
     return d.WanPipeline(
-        transformer=transformer, vae=decoder,
+        transformer=wan_transformer(), vae=decoder,
         scheduler=d.UniPCMultistepScheduler(prediction_type="flow_prediction",
                                             use_flow_sigmas=True, flow_shift=3.0),
-        text_encoder=t5(UMT5EncoderModel, UMT5Config), tokenizer=tokenizer(),
+        text_encoder=t5(UMT5EncoderModel, UMT5Config), tokenizer=tokenizer(), **more,
     )  # fmt: skip
 
 
+def wan_transformer() -> Any:
+    """A denoiser of Wan's."""
+    return d.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16,
+        out_channels=16, text_dim=WIDTH, freq_dim=64, ffn_dim=32, num_layers=2,
+        cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
+    ).eval()  # fmt: skip
+
+
+def wan_in_turns() -> Any:
+    """Wan 2.2: one network for the noisy steps, another for the others."""
+    torch.manual_seed(1)
+    return wan(transformer_2=wan_transformer(), boundary_ratio=0.8)
+
+
+def latent_consistency() -> Any:
+    """Stable Diffusion with a scheduler that adds noise in its steps."""
+    made = stable_diffusion()
+    made.scheduler = d.LCMScheduler.from_config(made.scheduler.config)
+    return made
+
+
 SQUARE: dict[str, Any] = {"height": 32, "width": 32}
+FRAMES = {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 16}
 # The pipeline, and what its call is given beside a prompt.
 PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "Stable Diffusion": (stable_diffusion, SQUARE),
@@ -196,5 +214,7 @@ PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
                           "max_sequence_length": 16}),
     "SD3": (stable_diffusion_3, {**SQUARE, "max_sequence_length": 16}),
     "FLUX": (flux, {**SQUARE, "max_sequence_length": 16}),
-    "Wan": (wan, {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 16}),
+    "Wan": (wan, FRAMES),
+    "Wan 2.2": (wan_in_turns, FRAMES),
+    "LCM": (latent_consistency, SQUARE),
 }  # fmt: skip

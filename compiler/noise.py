@@ -8,7 +8,7 @@ ln, cos and sin.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,17 +17,32 @@ from effuse.errors import InputError
 
 GROUP = 16
 
+Array = np.ndarray[Any, Any]
 
-def normal(seed: int, shape: Sequence[int]) -> np.ndarray[Any, Any]:
+
+def normal(seed: int, shape: Sequence[int]) -> Array:
     """`torch.randn(shape, generator=torch.Generator().manual_seed(seed))` in float32.
 
     Raises:
         InputError: fewer than 16 numbers, which torch draws in another way.
     """
+    return draws(seed)(shape)
+
+
+def draws(seed: int) -> Callable[[Sequence[int]], Array]:
+    """What one such generator gives in calls one after another, by shape.
+
+    Its result raises:
+        InputError: fewer than 16 numbers.
+    """
+    source = np.random.RandomState(seed & 0xFFFFFFFF)
+    return lambda shape: _drawn(source, shape)
+
+
+def _drawn(source: np.random.RandomState, shape: Sequence[int]) -> Array:
     count = int(np.prod(shape))
     if count < GROUP:
         raise InputError(f"shape: {tuple(shape)} has {count} numbers, and at least {GROUP} go here")
-    source = np.random.RandomState(seed & 0xFFFFFFFF)
     rest = GROUP if count % GROUP else 0
     drawn = source.randint(0, 2**32, count + rest, dtype=np.uint32)
     uniform = (drawn & 0xFFFFFF).astype(np.float32) / np.float32(2**24)
@@ -39,7 +54,7 @@ def normal(seed: int, shape: Sequence[int]) -> np.ndarray[Any, Any]:
     return found.reshape(shape)
 
 
-def _normals(uniform: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _normals(uniform: Array) -> Array:
     first, second = np.split(uniform.reshape(-1, 2, GROUP // 2), 2, axis=1)
     radius = np.sqrt(np.float32(-2) * np.log1p(-first))
     angle = np.float32(2 * np.pi) * second

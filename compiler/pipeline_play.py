@@ -2,8 +2,9 @@
 
 A recipe, part of pipeline.json, says where each input of each component comes from. A *source* is a
 base array and blocks laid over it, each a row of a value: of what a tokenizer read, or of what an
-encoder gave, times a mask or not. Latents are the seed's noise, stepped by a sampler; guidance is a
-weighted sum of blocks of the network's output; before and after the decoder stands an affine map.
+encoder gave, times a mask or not. Latents are the seed's noise, stepped by a sampler; in each step
+it is one network's turn. Guidance is a weighted sum of blocks of the network's output; before and
+after the decoder stands an affine map.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ Run = Callable[[str, Values], Sequence[Array]]  # a component's artifact, on its
 
 
 def play(
-    recipe: Mapping[str, Any], constants: Mapping[str, Array], tokens: Values, noise: Array,
-    run: Run, guidance: float | None = None,
+    recipe: Mapping[str, Any], constants: Mapping[str, Array], tokens: Values,
+    noise: Sequence[Array], run: Run, guidance: float | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> Array:  # fmt: skip
     """The picture, (…, height, width, channels) in [0, 1].
@@ -31,7 +32,7 @@ def play(
     Args:
         constants: arrays that the recipe names.
         tokens: what tokenizers gave, as `reading.0.input_ids`.
-        noise: standard normal.
+        noise: standard normal: the first latents', then that of each step that adds some.
         run: runs a component.
         guidance: in place of the scale that was watched.
     """
@@ -50,26 +51,34 @@ def play(
 
 
 def denoised(
-    recipe: Mapping[str, Any], constants: Mapping[str, Array], values: Values, noise: Array,
-    run: Run, guidance: float | None, on_step: Callable[[int, int], None],
+    recipe: Mapping[str, Any], constants: Mapping[str, Array], values: Values,
+    noise: Sequence[Array], run: Run, guidance: float | None, on_step: Callable[[int, int], None],
 ) -> Array:  # fmt: skip
     """The latents after the last step."""
-    network = recipe["network"]
+    networks, fresh = recipe["networks"], iter(noise)
     sampler = Sampler.from_json(recipe["sampler"])
-    prompts = [inputs_of(each, constants, values) for each in network["calls"]]
-    x = ordered(noise, recipe["latents"], constants) * np.float32(sampler.initial_scale)
-    for index, times in enumerate(network["times"]):
+    prompts = [[inputs_of(call, constants, values) for call in each["calls"]] for each in networks]
+    x = ordered(next(fresh), recipe["latents"], constants) * np.float32(sampler.initial_scale)
+    for index, (turn, times) in enumerate(zip(recipe["turns"], recipe["times"], strict=True)):
         shown = sampler.scale(index, x).astype(x.dtype)
-        outputs = []
-        for call, prompt in zip(network["calls"], prompts, strict=True):
+        network, outputs = networks[turn], []
+        for call, prompt in zip(network["calls"], prompts[turn], strict=True):
             label = call["timestep"]
             when = {} if label is None else {label["label"]: timed(label, times)}
             latent = {call["latent"]: np.concatenate([shown] * call["copies"])}
             outputs.append(run(network["folder"], {**prompt, **when, **latent})[0])
         guided = combined(network["guidance"], blocks_of(outputs, x), guidance)
-        x = sampler.step(index, x, guided).astype(x.dtype)
-        on_step(index + 1, len(network["times"]))
+        added = next(fresh) if sampler.noisy(index) else None
+        x = sampler.step(index, x, guided, added).astype(x.dtype)
+        on_step(index + 1, len(recipe["times"]))
     return x
+
+
+def drawn(recipe: Mapping[str, Any], draw: Callable[[Sequence[int]], Array]) -> list[Array]:
+    """The noise of a run: what `draw` gives, by shape, in the order in which pipelines draw it."""
+    sampler = Sampler.from_json(recipe["sampler"])
+    noisy = sum(map(sampler.noisy, range(len(recipe["times"]))))
+    return [draw(recipe["latents"]["shape"]) for _ in range(1 + noisy)]
 
 
 def timed(label: Mapping[str, Any], time: float) -> Array:

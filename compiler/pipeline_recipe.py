@@ -15,9 +15,9 @@ import torch
 
 from effuse.errors import InputError, require
 from effuse.metrics import sqnr_db
-from effuse.noise import normal
+from effuse.noise import draws, normal
 from effuse.pipeline_calls import labelled, outline
-from effuse.pipeline_play import blocks_of, combined, play, value_of
+from effuse.pipeline_play import blocks_of, combined, drawn, play, value_of
 from effuse.pipeline_sources import Pair, arrays, explain_all, names_in
 from effuse.pipeline_tokens import CLEANERS
 from effuse.pipeline_watch import Call, observed_roles
@@ -36,21 +36,24 @@ def find(pair: Pair) -> dict[str, Any]:
     """
     check_pair(pair)
     readings = read_texts(pair)
-    encoders, network, decoder = split_calls(pair)
+    encoders, networks, decoder = split_calls(pair)
     told_encoders = [encoded(pair, *calls, number) for number, calls in enumerate(encoders)]
     pair.let_in(len(pair.first.calls))
     sampler = probe(pair.first.scheduler)
-    told_network = denoising(pair, network)
+    turns = turns_of(pair, networks)
+    told_networks = [denoising(pair, calls) for calls in networks]
     picture_from = pair.first.steps[-1].result
     told_decoder = None
     if decoder:
         told_decoder = decoding(pair, *decoder)
         picture_from = outline(decoder[0].result)[1][0]
-    used = names_in([*told_encoders, *told_network["calls"], told_decoder or {}])
+    told_calls = [call for each in told_networks for call in each["calls"]]
+    used = names_in([*told_encoders, *told_calls, told_decoder or {}])
     recipe: dict[str, Any] = {
         "readings": [each for each in readings if each["number"] in used],
         "encoders": told_encoders,
-        "network": told_network,
+        "networks": told_networks,
+        **turns,
         "sampler": sampler.to_json(),
         "latents": noise_of(pair, sampler.initial_scale),
         "decoder": told_decoder,
@@ -73,17 +76,17 @@ def check_pair(pair: Pair) -> None:
         raise InputError("no scheduler of diffusers makes its steps")
 
 
-def split_calls(pair: Pair) -> tuple[list[tuple[Call, Call]], list[Call], tuple[Call, ...]]:
-    """Encoders' calls in both runs, the denoiser's in the first, the decoder's in both."""
+def split_calls(pair: Pair) -> tuple[list[tuple[Call, Call]], list[list[Call]], tuple[Call, ...]]:
+    """Encoders' calls in both runs, the denoisers' in the first, the decoder's in both."""
     log = pair.first
     roles = {key: log.role(key) for key in log.keys}
     both = list(zip(log.calls, pair.second.calls, strict=True))
     encoders = [calls for calls in both if roles[calls[0].key] == "encoder"]
     decoders = [calls for calls in both if roles[calls[0].key] == "decoder"]
     networks = [key for key, role in roles.items() if role == "denoiser"]
-    if len(networks) != 1 or len(decoders) > 1:
+    if not networks or len(decoders) > 1:
         raise InputError(f"it has {len(networks)} denoisers and calls {len(decoders)} decoders")
-    return encoders, log.of(networks[0]), decoders[0] if decoders else ()
+    return encoders, [log.of(key) for key in networks], decoders[0] if decoders else ()
 
 
 def read_texts(pair: Pair) -> list[dict[str, Any]]:
@@ -132,8 +135,9 @@ def denoising(pair: Pair, calls: Sequence[Call]) -> dict[str, Any]:
     """What the denoiser is called with in each step, and what is made of its outputs."""
     log = pair.first
     roles = observed_roles(calls)
-    often = len(calls) // len(log.steps)
-    if often * len(log.steps) != len(calls) or not roles:
+    steps = sorted({call.step for call in calls})
+    often = len(calls) // len(steps)
+    if often * len(steps) != len(calls) or not roles:
         raise InputError("its denoiser is not called equally often in all steps")
     others = pair.second.of(calls[0].key)
     latent = [label for label, role in roles.items() if role == "latent"]
@@ -143,17 +147,35 @@ def denoising(pair: Pair, calls: Sequence[Call]) -> dict[str, Any]:
     told = []
     for number in range(often):
         given = labelled(calls[number].arguments)[0]
-        copies = given[latent[0]].shape[0] // log.steps[0].sample.shape[0]
+        copies = given[latent[0]].shape[0] // log.steps[steps[0]].sample.shape[0]
         time = time_of(times[0], given[times[0]]) if times else None
         told.append({"sources": explain_all(pair, calls[number], others[number], latent + times),
                      "latent": latent[0], "copies": copies, "timestep": time})  # fmt: skip
-    first = [labelled(each.arguments)[0] for each in calls[::often]]
     return {
         "folder": pair.folders[calls[0].key],
         "calls": told,
-        "times": [float(each[times[0]].flatten()[0]) if times else 0.0 for each in first],
-        "guidance": guided(pair, calls, often),
+        "guidance": guided(pair, calls[:often]),
     }
+
+
+def turns_of(pair: Pair, networks: Sequence[Sequence[Call]]) -> dict[str, list[Any]]:
+    """Which network's turn each step is, and the time that it is told.
+
+    Raises:
+        InputError: several are called in one step, or none.
+    """
+    found: dict[int, tuple[int, float]] = {}
+    for number, calls in enumerate(networks):
+        time = next((label for label, role in observed_roles(calls).items() if role == "timestep"),
+                    None)  # fmt: skip
+        for call in calls:
+            value = 0.0 if time is None else float(labelled(call.arguments)[0][time].flatten()[0])
+            if found.setdefault(call.step, (number, value))[0] != number:
+                raise InputError(f"it calls {len(networks)} denoisers in one step")
+    steps = range(len(pair.first.steps))
+    if sorted(found) != list(steps):
+        raise InputError("its denoiser is not called in every step")
+    return {"turns": [found[n][0] for n in steps], "times": [found[n][1] for n in steps]}
 
 
 def time_of(label: str, value: torch.Tensor) -> dict[str, Any]:
@@ -162,14 +184,14 @@ def time_of(label: str, value: torch.Tensor) -> dict[str, Any]:
     return {"label": label, "shape": list(value.shape), "dtype": dtype}
 
 
-def guided(pair: Pair, calls: Sequence[Call], often: int) -> dict[str, Any]:
-    """What the scheduler is handed, of the network's outputs in that step.
+def guided(pair: Pair, calls: Sequence[Call]) -> dict[str, Any]:
+    """What the scheduler is handed, of the network's outputs in these calls of one step.
 
     Raises:
         InputError: it is no weighted sum of them.
     """
-    step = pair.first.steps[0]
-    outputs = [arrays(outline(call.result)[1])[0] for call in calls[:often]]
+    step = pair.first.steps[calls[0].step]
+    outputs = [arrays(outline(call.result)[1])[0] for call in calls]
     blocks, wanted = blocks_of(outputs, step.sample.numpy()), step.output.numpy()
     if any(block.shape != wanted.shape for block in blocks):
         raise InputError("its denoiser's output has another shape than the latents")
@@ -289,7 +311,7 @@ def check(pair: Pair, recipe: Mapping[str, Any]) -> float:
 
         tokens = {name: values[number] for name, *values in pair.values if name.count(".") == 2
                   and name.startswith("reading.")}  # fmt: skip
-        noise = normal(pair.seed, (log.steps[0].sample.numel(),))
+        noise = drawn(recipe, draws(pair.seed))
         picture = play(recipe, pair.constants, tokens, noise, answer)
         agreed.append(agreement(picture_of(log.result), picture))
         worst = min(worst, *agreed)

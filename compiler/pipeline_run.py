@@ -15,9 +15,9 @@ import numpy as np
 
 from effuse import api, artifact
 from effuse.errors import ArtifactError, InputError, require
-from effuse.noise import normal
+from effuse.noise import draws
 from effuse.pipeline_parts import Component, open_component
-from effuse.pipeline_play import play
+from effuse.pipeline_play import drawn, play
 from effuse.pipeline_tokens import Text, tokens_of
 
 RECIPE_ARRAYS = "recipe.npz"
@@ -91,7 +91,8 @@ class CompiledPipeline:
             seed: of the noise, as of torch's CPU generator; or one for each picture, as of a list
                 of generators.
             guidance: in place of the scale that was watched.
-            noise: standard normal, in place of the seed's.
+            noise: standard normal, in place of the seed's; of the first latents, for what steps of
+                some schedulers add is the seed's.
             on_step: is told how many steps are done, of how many.
 
         Raises:
@@ -102,17 +103,17 @@ class CompiledPipeline:
         if negative is not None and not recipe["negative"]:
             raise InputError("negative: the pipeline treats an empty one apart; leave it out")
         texts = repeated(prompt, negative, images, recipe["latents"]["shape"][0])
-        drawn = noise_for(recipe["latents"]["shape"], len(texts), seed, noise)
-        steps = len(recipe["network"]["times"])
+        noises = noise_for(recipe, len(texts), seed, noise)
+        steps = len(recipe["times"])
         count = Count(on_step, steps * len(texts))
         pictures = []
-        for number, (pair, each) in enumerate(zip(texts, drawn, strict=True)):
+        for number, (pair, each) in enumerate(zip(texts, noises, strict=True)):
             count.before = number * steps
             pictures.append(self._picture(*pair, each, guidance, count))
         return np.concatenate(pictures)
 
     def _picture(
-        self, prompt: Text, negative: Text, noise: Any, guidance: float | None,
+        self, prompt: Text, negative: Text, noise: Sequence[Any], guidance: float | None,
         on_step: Callable[[int, int], None],
     ) -> Any:  # fmt: skip
         """What one run of the recipe gives."""
@@ -241,23 +242,30 @@ def several(given: Any) -> list[Any] | None:
     return list(given)
 
 
-def noise_for(shape: Sequence[int], runs: int, seed: int | Sequence[int], given: Any) -> Any:
+def noise_for(
+    recipe: Mapping[str, Any], runs: int, seed: int | Sequence[int], given: Any
+) -> list[tuple[Any, ...]]:
     """The noise of each run; one seed draws it for all of them at once, as torch does.
 
     Raises:
         InputError: there is not as much as they take.
     """
+    shape = recipe["latents"]["shape"]
     whole = (runs * shape[0], *shape[1:])
-    if given is not None:
-        if np.size(given) != np.prod(whole):
-            raise InputError(f"noise: expected the shape {whole}, got {np.shape(given)}")
-    elif isinstance(seed, int):
-        given = normal(seed, whole)
-    elif len(seed) == whole[0]:
-        given = np.stack([normal(each, shape[1:]) for each in seed])
-    else:
-        raise InputError(f"seed: {len(seed)} seeds for {whole[0]} pictures; give one each")
-    return np.reshape(given, (runs, *shape))
+    seeds = [seed] if isinstance(seed, int) else list(seed)
+    if len(seeds) != whole[0] and not isinstance(seed, int):
+        raise InputError(f"seed: {len(seeds)} seeds for {whole[0]} pictures; give one each")
+    if given is not None and np.size(given) != np.prod(whole):
+        raise InputError(f"noise: expected the shape {whole}, got {np.shape(given)}")
+    sources = [draws(each) for each in seeds]
+    each_shape = (whole[0] // len(seeds), *shape[1:])
+    first = [] if given is None else [given]
+
+    def draw(_: Sequence[int]) -> Any:
+        return first.pop() if first else np.concatenate([take(each_shape) for take in sources])
+
+    return list(zip(*(np.reshape(each, (runs, *shape)) for each in drawn(recipe, draw)),
+                    strict=True))  # fmt: skip
 
 
 def line_of(name: str, told: Mapping[str, Any], component: Component | None) -> str:

@@ -2,7 +2,7 @@
 
 Each component of the pipeline that is a network is stood in for by an object that hands calls and
 reads on and takes them down. A network that is called between steps of the scheduler computes in
-the first two only; its last results stand in afterwards, for what it is called with is all that
+its first two only; its last results stand in afterwards, for what it is called with is all that
 counts.
 """
 
@@ -163,9 +163,10 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 def _stand_in(log: Log, key: tuple[str, str], arguments: Mapping[str, Any]) -> Call | None:
     """The earlier call whose result does for this one: of the same shapes, two steps later on."""
-    if log.whole or len(log.steps) < COMPUTED:
-        return None
     earlier = [call for call in log.of(key) if call.step > 0]
+    seen = {call.step for call in log.of(key)} - {len(log.steps)}
+    if log.whole or len(seen) < COMPUTED:
+        return None
     wanted = signature_of(arguments)
     return next(
         (each for each in reversed(earlier) if signature_of(each.arguments) == wanted), None

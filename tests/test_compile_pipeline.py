@@ -243,8 +243,8 @@ def test_on_the_command_line(pipe, compiled, tmp_path):
 
 def test_what_lies_between_the_components_is_data(compiled):
     recipe = compiled.recipe
-    assert recipe["network"]["guidance"] == {"free": 0, "told": 1, "scale": 7.5}
-    assert [call["copies"] for call in recipe["network"]["calls"]] == [2]
+    assert recipe["networks"][0]["guidance"] == {"free": 0, "told": 1, "scale": 7.5}
+    assert [call["copies"] for call in recipe["networks"][0]["calls"]] == [2]
     assert {each["text"] for each in recipe["readings"]} == {"prompt", "negative"}
     assert recipe["decoder"]["scale"] == pytest.approx([1 / 0.18215] * 4, rel=1e-4)
     assert recipe["picture"] == pytest.approx({"scale": 0.5, "shift": 0.5}, abs=1e-4)
