@@ -9,6 +9,9 @@ the process's files took at once, looked at every second, the weights not counte
     python benchmarks/full_size.py examples/configs/flux-dev.json \\
         --config examples/configs/w4a16-plain.toml --batch 1 --work /big
     python benchmarks/full_size.py examples/configs/flux-dev.json --plan    # without weights
+
+With --kill, builds are killed (SIGKILL) at random moments first, and the last one goes on from what
+they have left; the artifact's checksums are compared with those of the folder's last one.
 """
 
 from __future__ import annotations
@@ -17,8 +20,11 @@ import argparse
 import contextlib
 import datetime
 import json
+import math
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,6 +46,7 @@ from effuse.weights import FILE
 STATUS = Path("/proc/self/status")
 STEPS = 30
 GIB = 2**30
+KEPT = {"network", "out", "found.json"}
 GOAL = 1 / 3  # of the weights' bytes, at most, for the peak of memory
 
 
@@ -48,7 +55,8 @@ def inputs_of(network: torch.nn.Module, arguments: argparse.Namespace) -> dict[s
     from effuse.examples import derive_inputs
 
     if not arguments.input:
-        return derive_inputs(network, batch=arguments.batch, device=torch.device("cpu"))
+        asked = {"batch": arguments.batch, "size": arguments.size}
+        return derive_inputs(network, **asked, device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     found: dict[str, Any] = {}
     for text in arguments.input:
@@ -149,15 +157,33 @@ def taken(path: Path, nameless: bool = False) -> int:
     return 0
 
 
-def watched(command: list[str], work: Path) -> tuple[int, int]:
-    """Run a command: its return code, and the most that its files took on disk."""
+def watched(command: list[str], work: Path, seconds: float = math.inf) -> tuple[int, int]:
+    """Run a command, killed after `seconds`: its return code, and the most that its files took."""
     child = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(work)})
-    most = 0
+    most, start = 0, time.perf_counter()
     while child.poll() is None:
         with contextlib.suppress(OSError):  # it may end meanwhile
             most = max(most, disk_of(child.pid, work))
+        if time.perf_counter() - start > seconds:
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+            break
         time.sleep(1)
     return child.returncode, most
+
+
+def killed(command: list[str], work: Path, arguments: argparse.Namespace) -> list[dict[str, float]]:
+    """Builds that end at random moments: after how many seconds, and what they left on disk."""
+    drawn_at, found = random.Random(arguments.seed), []
+    for number in range(1, arguments.kill + 1):
+        seconds = drawn_at.uniform(0, arguments.within)
+        Console().print(f"build {number} of {arguments.kill} is killed after {seconds:.0f} s")
+        code, _ = watched(command, work, seconds)
+        if code != -signal.SIGKILL:
+            raise SystemExit(f"the build had ended before: --within is over {seconds:.0f} s")
+        left = disk_of(os.getpid(), work / "out.part") if (work / "out.part").exists() else 0
+        found.append({"seconds": round(seconds), "left_bytes": left})
+    return found
 
 
 def parsed() -> argparse.Namespace:
@@ -170,6 +196,10 @@ def parsed() -> argparse.Namespace:
     add("--config", default="w4a16", help="a preset or TOML file (default: w4a16)")
     add("--batch", type=int, default=2, help="of the example inputs (default: 2)")
     add("--input", action="append", metavar="NAME=2x3", help="a shape, where none can be derived")
+    add("--size", type=int, help="of the example latents (default: the network's own)")
+    add("--kill", type=int, default=0, metavar="N", help="kill N builds at random moments first")
+    add("--within", type=float, default=600, help="seconds among which moments are drawn")
+    add("--seed", type=int, default=0, help="of the moments")
     add("--cache", default="residual", help="with --plan: the Cache's mode (default: residual)")
     add("--work", type=Path, help="folder that keeps weights and artifact (default: none does)")
     add("--out", type=Path, default=Path("benchmarks/results"), help="folder of the result")
@@ -221,6 +251,11 @@ def measured(arguments: argparse.Namespace, work: Path) -> int:
     with phases(True) as show:
         size = written(arguments, work / "network", show)
     command = [sys.executable, *sys.argv, "--child", "--work", str(work)]
+    sums = work / "out" / "SHA256SUMS"
+    before = sums.read_text() if sums.exists() else None
+    if arguments.kill:
+        shutil.rmtree(work / "out", ignore_errors=True)
+    kills = killed(command, work, arguments)
     code, disk = watched(command, work)
     if code:
         return code
@@ -230,7 +265,10 @@ def measured(arguments: argparse.Namespace, work: Path) -> int:
         "peak_share": found["peak_bytes"] / size,
         "within_bound": found["peak_bytes"] <= GOAL * size,
         "artifact_share": found["artifact_bytes"] / size,
+        "left_behind": sorted({each.name for each in work.iterdir()} - KEPT),
     }  # fmt: skip
+    if kills:
+        found |= {"killed": kills, "same_as_before": before and before == sums.read_text()}
     return tell(found, arguments, Path(arguments.config).stem)
 
 
