@@ -46,7 +46,7 @@ from effuse.weights import FILE
 STATUS = Path("/proc/self/status")
 STEPS = 30
 GIB = 2**30
-KEPT = {"network", "out", "found.json"}
+KEPT = {"network", "out", "found.json", "last"}
 GOAL = 1 / 3  # of the weights' bytes, at most, for the peak of memory
 
 
@@ -251,10 +251,9 @@ def measured(arguments: argparse.Namespace, work: Path) -> int:
     with phases(True) as show:
         size = written(arguments, work / "network", show)
     command = [sys.executable, *sys.argv, "--child", "--work", str(work)]
-    sums = work / "out" / "SHA256SUMS"
-    before = sums.read_text() if sums.exists() else None
-    if arguments.kill:
-        shutil.rmtree(work / "out", ignore_errors=True)
+    last = work / "last"  # checksums of the artifact before, which may be gone
+    before = last.read_text() if last.exists() else None
+    shutil.rmtree(work / "out", ignore_errors=True)
     kills = killed(command, work, arguments)
     code, disk = watched(command, work)
     if code:
@@ -266,9 +265,11 @@ def measured(arguments: argparse.Namespace, work: Path) -> int:
         "within_bound": found["peak_bytes"] <= GOAL * size,
         "artifact_share": found["artifact_bytes"] / size,
         "left_behind": sorted({each.name for each in work.iterdir()} - KEPT),
+        "killed": kills,
     }  # fmt: skip
-    if kills:
-        found |= {"killed": kills, "same_as_before": before and before == sums.read_text()}
+    sums = (work / "out" / "SHA256SUMS").read_text()
+    found["same_as_before"] = None if before is None else before == sums
+    last.write_text(sums)
     return tell(found, arguments, Path(arguments.config).stem)
 
 
