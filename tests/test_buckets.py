@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from dynamic_networks import Clip, DiT, Tokens, UNet, Video, build, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -24,12 +24,6 @@ from effuse.errors import BackendError, CaptureError, ConfigError, InputError
 from effuse.metrics import sqnr_db
 from effuse.passes import Cache, Guidance, Hoist, Lora, Quantize
 from effuse.specialise import resized, specialise
-
-sys.path.insert(0, str(Path(__file__).parent))
-try:
-    from dynamic_networks import Clip, DiT, Tokens, UNet, Video, build, values
-finally:
-    sys.path.pop(0)
 
 TIMES = (900.0, 700.0, 500.0, 300.0, 100.0)
 SMALL, TALL = {"height": 8, "width": 8}, {"batch": 1, "height": 12, "width": 8}

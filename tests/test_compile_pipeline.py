@@ -8,11 +8,11 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hand_made import hand_made, tiny_pipelines
 from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
@@ -30,19 +30,15 @@ from effuse.pipeline_tokens import tokens_of
 from effuse.pipeline_watch import watch
 
 pytest.importorskip("transformers")
-from diffusers import DDIMScheduler, DiffusionPipeline
 
-FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 STEPS, CLOSE_DB = 4, 50
 CALL = {"height": 32, "width": 32}
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    """The builders of tiny pipelines, which lie among the benchmarks."""
-    sys.path.insert(0, str(FOLDER))
-    yield importlib.import_module("pipelines_tiny")
-    sys.path.remove(str(FOLDER))
+    """The builders of tiny pipelines."""
+    return tiny_pipelines()
 
 
 @pytest.fixture(scope="module")
@@ -270,71 +266,6 @@ def test_too_little_noise():
 
 
 # ---- a pipeline of hand-written parts ------------------------------------------------------------
-
-
-class Encoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Embedding(10, 4)
-
-    def forward(self, ids, scale=1.0):
-        return {"states": self.table(ids) * scale, "mask": None}
-
-
-class Denoiser(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.mix, self.when = nn.Linear(4, 4), nn.Linear(1, 4)
-
-    def forward(self, noisy, moment, states):
-        return self.mix(noisy) + self.when(moment.reshape(-1, 1) / 1000) + states.mean(1)
-
-
-class Decoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.out = nn.Linear(4, 3)
-        self.gain = 1.0
-
-    def decode(self, latents, extra=None):
-        return (self.out(latents).sigmoid(), [2 * extra["shift"]])
-
-
-class Judge(nn.Module):
-    """What cannot be captured: what it does depends on the picture."""
-
-    def __init__(self):
-        super().__init__()
-        self.look = nn.Linear(3, 1)
-
-    def forward(self, pixels):
-        return pixels if self.look(pixels).mean() > 0 else 1 - pixels
-
-
-class HandMade(DiffusionPipeline):
-    _optional_components = ("spare",)
-
-    def __init__(self, encoder, network, decoder, judge, scheduler, spare=None):
-        super().__init__()
-        self.register_modules(encoder=encoder, network=network, decoder=decoder, judge=judge,
-                              scheduler=scheduler, spare=spare)  # fmt: skip
-
-    @torch.no_grad()
-    def __call__(self, prompt, steps=3, seed=0):
-        self.scheduler.set_timesteps(steps)
-        states = self.encoder(torch.tensor([[1, len(prompt) % 10]]), scale=2.0)["states"]
-        x = torch.randn(1, 4, generator=torch.Generator().manual_seed(seed))
-        for when in self.scheduler.timesteps:
-            out = self.network(x, when.float(), states)
-            x = self.scheduler.step(out, when, x).prev_sample
-        pixels, _ = self.decoder.decode(x, extra={"shift": torch.zeros(1)})
-        return self.judge(pixels * self.decoder.gain)
-
-
-def hand_made():
-    torch.manual_seed(0)
-    parts = (Encoder().eval(), Denoiser().eval(), Decoder().eval(), Judge().eval())
-    return HandMade(*parts, DDIMScheduler(clip_sample=False), spare=nn.Linear(2, 2).eval())
 
 
 @pytest.fixture(scope="module")

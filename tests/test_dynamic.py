@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import diffusers
 import pytest
 import torch
+from dynamic_networks import Clip, DiT, Tokens, UNet, Video, build, values
 
 import effuse
 from effuse.backends.reference import session
@@ -18,12 +16,6 @@ from effuse.metrics import sqnr_db
 from effuse.pass_manager import run_passes
 from effuse.passes import Cache, Canonicalize, Hoist, Quantize
 from effuse.passes.quantize_sites import first_layers, last_layers
-
-sys.path.insert(0, str(Path(__file__).parent))
-try:
-    from dynamic_networks import Clip, DiT, Tokens, UNet, Video, build, values
-finally:
-    sys.path.pop(0)
 
 TIMES = (900.0, 700.0, 500.0, 300.0, 100.0)
 BATCH, LENGTH = {"batch": (1, 4)}, {"length": (2, 32)}

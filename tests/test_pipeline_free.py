@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from hand_made import tiny_pipelines
 from torch import nn
 
 import effuse
@@ -18,17 +15,14 @@ from effuse.noise import draws
 pytest.importorskip("transformers")
 from diffusers import DDIMScheduler, DiffusionPipeline, EulerAncestralDiscreteScheduler
 
-FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 STEPS, CLOSE_DB = 4, 50
 SQUARE = {"height": 32, "width": 32}
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    """The builders of tiny pipelines, which lie among the benchmarks."""
-    sys.path.insert(0, str(FOLDER))
-    yield importlib.import_module("pipelines_tiny")
-    sys.path.remove(str(FOLDER))
+    """The builders of tiny pipelines."""
+    return tiny_pipelines()
 
 
 def built(pipe, call, steps=STEPS):

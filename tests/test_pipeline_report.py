@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
+from hand_made import hand_made
 from typer.testing import CliRunner
 
 import effuse
@@ -18,69 +17,15 @@ from effuse.errors import InputError, MissingExtra
 from effuse.pipeline_tokens import tokens_of
 
 pytest.importorskip("transformers", reason="pipelines need transformers, which is not installed")
-from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = {"encoder": 1, "network": 3, "decoder.decode": 1}  # how often a picture calls them
 
 
-class Encoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Embedding(10, 4)
-
-    def forward(self, ids):
-        return self.table(ids)
-
-
-class Denoiser(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.mix, self.when = nn.Linear(4, 4), nn.Linear(1, 4)
-
-    def forward(self, noisy, moment, states):
-        return self.mix(noisy) + self.when(moment.reshape(-1, 1) / 1000) + states.mean(1)
-
-
-class Decoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.out = nn.Linear(4, 3)
-
-    def decode(self, latents):
-        return self.out(latents).sigmoid()
-
-
-class Judge(nn.Module):
-    """What cannot be captured."""
-
-    def forward(self, pixels):
-        return pixels if pixels.mean() > 0 else 1 - pixels
-
-
-class Pipe(DiffusionPipeline):
-    def __init__(self, encoder, network, decoder, judge, scheduler):
-        super().__init__()
-        self.register_modules(encoder=encoder, network=network, decoder=decoder, judge=judge,
-                              scheduler=scheduler)  # fmt: skip
-
-    @torch.no_grad()
-    def __call__(self, prompt, steps=3, seed=0):
-        self.scheduler.set_timesteps(steps)
-        states = self.encoder(torch.tensor([[1, len(prompt) % 10]]))
-        x = torch.randn(1, 4, generator=torch.Generator().manual_seed(seed))
-        for when in self.scheduler.timesteps:
-            out = self.network(x, when.float(), states)
-            x = self.scheduler.step(out, when, x).prev_sample
-        return self.judge(self.decoder.decode(x))
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    torch.manual_seed(0)
-    parts = (Encoder().eval(), Denoiser().eval(), Decoder().eval(), Judge().eval())
-    pipe = Pipe(*parts, DDIMScheduler(clip_sample=False))
-    compiled = effuse.compile_pipeline(pipe, "exact", steps=3, progress=False)
+    compiled = effuse.compile_pipeline(hand_made(), "exact", steps=3, progress=False)
     folder = tmp_path_factory.mktemp("pipeline")
     compiled.save(folder / "a.zip")
     return compiled.save(folder / "a.effuse")
@@ -96,7 +41,7 @@ def said(*words, code=0):
 def test_inspect(saved, suffix):
     path = saved.with_suffix(suffix)
     text = said("inspect", path)
-    assert "Pipe: 3 steps of DDIMScheduler" in text
+    assert "HandMade: 3 steps of DDIMScheduler" in text
     assert "runs without torch: no, because judge is not compiled" in text
     assert "as it is: CaptureError" in text and "every call" in text and "per schedule" in text
     data = json.loads(said("inspect", path, "--json"))
@@ -118,7 +63,9 @@ def test_report(saved, tmp_path):
     for number, name in enumerate(PARTS, 1):
         assert f'href="#network-{number}">What was built: {name}<' in html
         assert f'id="network-{number}">What was built: {name}<' in html
-    assert "<h1>Pipe</h1>" in html and "judge is not compiled" in html and "Entrance" not in html
+    assert (
+        "<h1>HandMade</h1>" in html and "judge is not compiled" in html and "Entrance" not in html
+    )
     data = json.loads(said("report", saved, "--json"))
     assert set(data["parts"]) == set(PARTS) and data["pipeline"]["steps"] == 3
     same = effuse.load(saved).to_html(tmp_path / "other.html")
