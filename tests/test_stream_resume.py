@@ -41,9 +41,9 @@ def folder(tmp_path_factory):
     return place
 
 
-def compiled(folder, resume=None, format="w4a16", **options):
+def compiled(folder, resume=None, format="w4a16", shapes=(), **options):
     passes = (Hoist(), Quantize(format, min_sqnr_db=-99.0))
-    config = effuse.Config(passes=passes, backend="reference", stream=True)
+    config = effuse.Config(passes=passes, backend="reference", stream=True, shapes=shapes)
     given = {"schedule": TIMES, "progress": False, **options}
     return effuse.compile(folder, config, resume=resume, **given)
 
@@ -77,7 +77,7 @@ def noting_at_most(count):
     return note
 
 
-def killed(folder, part, least, most, rest):
+def killed(folder, part, least, most, rest, **options):
     """Compile in another process until `least` tensors are noted and `rest` seconds more.
 
     However long this process is kept waiting, the other notes no more than `most`.
@@ -86,7 +86,7 @@ def killed(folder, part, least, most, rest):
     if not child:
         torch.set_num_threads(1)  # threads do not live through a fork
         Journal.note = noting_at_most(most)
-        compiled(folder, part)
+        compiled(folder, part, **options)
         os._exit(0)
     while noted(part) < least and os.waitpid(child, os.WNOHANG) == (0, 0):
         time.sleep(1e-4)
@@ -107,6 +107,14 @@ def test_a_build_killed_at_random_moments_ends_as_an_uninterrupted_one(
     compiled(folder, part).save(goal)
     assert same(goal, uninterrupted)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_killed_build_of_several_sizes_goes_on(folder, tmp_path):
+    sizes = {"shapes": [{"height": 8, "width": 8}, {"height": 16, "width": 16}]}
+    whole = compiled(folder, **sizes).save(tmp_path / "whole")
+    part = part_of(tmp_path / "x")
+    assert 4 <= killed(folder, part, 4, 9, 2e-3, **sizes) <= 9
+    assert same(compiled(folder, part, **sizes).save(tmp_path / "x"), whole)
 
 
 def test_finished_tensors_are_not_computed_again(folder, uninterrupted, tmp_path, monkeypatch):
