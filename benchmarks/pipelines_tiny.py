@@ -204,6 +204,84 @@ def latent_consistency() -> Any:
     return made
 
 
+def controlled() -> Any:
+    """Stable Diffusion steered by a ControlNet."""
+    made = stable_diffusion()
+    torch.manual_seed(1)
+    net = d.ControlNetModel(
+        block_out_channels=(16, 32), layers_per_block=1, in_channels=4, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=WIDTH,
+        attention_head_dim=4, conditioning_embedding_out_channels=(16, 32),
+    ).eval()  # fmt: skip
+    for layer in (*net.controlnet_down_blocks, net.controlnet_mid_block):  # zeros as they are made
+        torch.nn.init.normal_(layer.weight, std=0.2)
+    return d.StableDiffusionControlNetPipeline(
+        **made.components, controlnet=net, requires_safety_checker=False
+    )
+
+
+def from_a_picture() -> Any:
+    """Stable Diffusion that starts from a picture, which its autoencoder encodes."""
+    parts = stable_diffusion().components
+    return d.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+
+
+def cogvideox() -> Any:
+    """CogVideoX: video, its text among the tokens."""
+    torch.manual_seed(0)
+    decoder = d.AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4, block_out_channels=(8,) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4, latent_channels=4, layers_per_block=1,
+        norm_num_groups=2,
+    ).eval()  # fmt: skip
+    transformer = d.CogVideoXTransformer3DModel(
+        num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4,
+        time_embed_dim=2, text_embed_dim=WIDTH, num_layers=1, sample_width=16, sample_height=16,
+        sample_frames=9, max_text_seq_length=16,
+    ).eval()  # fmt: skip
+    return d.CogVideoXPipeline(
+        tokenizer=tokenizer(), text_encoder=t5(), vae=decoder, transformer=transformer,
+        scheduler=d.CogVideoXDDIMScheduler(),
+    )  # fmt: skip
+
+
+def ltx() -> Any:
+    """LTX-Video: latents in packed cubes, scaled by what its autoencoder has learned."""
+    torch.manual_seed(0)
+    levels = {"block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4,
+              "layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 5,
+              "spatio_temporal_scaling": (True, True, False, False),
+              "decoder_spatio_temporal_scaling": (True, True, False, False),
+              "decoder_inject_noise": (False,) * 5, "upsample_residual": (False,) * 4,
+              "upsample_factor": (1,) * 4}  # fmt: skip
+    decoder = d.AutoencoderKLLTXVideo(latent_channels=8, patch_size=1, **levels).eval()
+    decoder.latents_mean.uniform_(-0.5, 0.5)
+    decoder.latents_std.uniform_(0.5, 2)
+    transformer = d.LTXVideoTransformer3DModel(
+        in_channels=8, out_channels=8, num_attention_heads=4, attention_head_dim=8,
+        cross_attention_dim=32, num_layers=1, caption_channels=WIDTH,
+    ).eval()  # fmt: skip
+    return d.LTXPipeline(
+        transformer=transformer, vae=decoder, scheduler=d.FlowMatchEulerDiscreteScheduler(),
+        text_encoder=t5(), tokenizer=tokenizer(),
+    )  # fmt: skip
+
+
+def auraflow() -> Any:
+    """AuraFlow."""
+    torch.manual_seed(0)
+    transformer = d.AuraFlowTransformer2DModel(
+        sample_size=16, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1,
+        attention_head_dim=8, num_attention_heads=4, caption_projection_dim=WIDTH,
+        joint_attention_dim=WIDTH, out_channels=4, pos_embed_max_size=256,
+    ).eval()  # fmt: skip
+    return d.AuraFlowPipeline(
+        tokenizer=tokenizer(), text_encoder=t5(UMT5EncoderModel, UMT5Config), vae=vae(),
+        transformer=transformer, scheduler=d.FlowMatchEulerDiscreteScheduler(),
+    )  # fmt: skip
+
+
+PICTURE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 SQUARE: dict[str, Any] = {"height": 32, "width": 32}
 FRAMES = {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 16}
 # The pipeline, and what its call is given beside a prompt.
@@ -217,4 +295,9 @@ PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "Wan": (wan, FRAMES),
     "Wan 2.2": (wan_in_turns, FRAMES),
     "LCM": (latent_consistency, SQUARE),
+    "AuraFlow": (auraflow, {**SQUARE, "max_sequence_length": 16}),
+    "CogVideoX": (cogvideox, {**FRAMES, "num_frames": 8}),
+    "LTX-Video": (ltx, {**SQUARE, "num_frames": 9, "max_sequence_length": 16}),
+    "ControlNet": (controlled, {**SQUARE, "image": PICTURE}),
+    "Image to image": (from_a_picture, {"image": PICTURE, "strength": 0.8}),
 }  # fmt: skip

@@ -17,7 +17,7 @@ from effuse import pipeline_artifact
 from effuse.api import Compiled
 from effuse.api import compile as compile_network
 from effuse.config import Config, preset, resolve
-from effuse.errors import ConfigError, EffuseError, nearest
+from effuse.errors import CaptureError, ConfigError, EffuseError, nearest
 from effuse.pipeline_calls import PLAIN, labelled, outline
 from effuse.pipeline_free import PROMPT_ARGUMENTS, seeded, torch_free
 from effuse.pipeline_parts import NETWORK, entry_folder, open_component
@@ -197,14 +197,25 @@ def left_alone(request: Request, name: str, told: Mapping[str, Any]) -> str | No
 
 
 def read_of(module: nn.Module, log: Log, name: str) -> dict[str, Any]:
-    """What the pipeline reads of a component: its config, plain attributes, contexts."""
+    """What the pipeline reads of a component: its config, plain attributes, contexts.
+
+    Raises:
+        CaptureError: it uses something of the component that no artifact has.
+    """
+    if uses := sorted(log.uses.get(name, ())):
+        raise CaptureError(
+            f"the pipeline uses {', '.join(f'{name}.{use}' for use in uses)}, which is neither a "
+            "call on tensors nor plain data"
+        )
+    own = {key: value for key, value in vars(module).items()
+           if isinstance(value, PLAIN) and not key.startswith("_")}  # fmt: skip
     config: Any = getattr(module, "config", None) or {}
     plain = dict(config.to_dict() if hasattr(config, "to_dict") else config)
     aliases = getattr(config, "attribute_map", {})
     plain |= {alias: getattr(config, alias, None) for alias in aliases}
     return {
         "config": {key: value for key, value in plain.items() if is_json(value)},
-        "reads": log.reads.get(name, {}),
+        "reads": own | log.reads.get(name, {}),
         "contexts": sorted(log.contexts.get(name, ())),
     }
 

@@ -1,8 +1,8 @@
 """Calls of a pipeline's components as data: arguments and results, taken apart and put together.
 
 A value is described by an outline: a tensor by its number, a list or tuple by "tuple", a mapping by
-"dict", an output class of diffusers or transformers by "class" beside its fields, anything else
-that JSON has as "value". Imports no torch.
+"dict", an output class of diffusers or transformers by "class" beside its fields, another object of
+theirs as "object", anything else that JSON has as "value". Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,32 @@ from effuse.errors import InputError
 from effuse.runtime import Output
 
 PLAIN = (bool, int, float, str, type(None))
+SMALL = 1 << 14  # numbers of a tensor that is kept as JSON
 LIBRARIES = ("diffusers", "transformers")  # whose output classes are imported by name
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value that pipelines read of a network is kept: plain, or a small tensor."""
+    return isinstance(value, PLAIN) or (is_tensor(value) and value.numel() <= SMALL)
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether it is a tensor, or an array."""
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def stored(value: Any) -> Any:
+    """Such a value as JSON."""
+    return {"tensor": value.tolist(), "dtype": dtype_of(value)} if is_tensor(value) else value
+
+
+def restored(value: Any) -> Any:
+    """The inverse of `stored`."""
+    if not isinstance(value, Mapping):
+        return value
+    import torch
+
+    return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"]))
 
 
 def outline(value: Any) -> tuple[Any, list[Any]]:
@@ -29,7 +54,7 @@ def outline(value: Any) -> tuple[Any, list[Any]]:
 
 
 def _outlined(value: Any, tensors: list[Any]) -> Any:
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
+    if is_tensor(value):
         tensors.append(value)
         return len(tensors) - 1
     if isinstance(value, PLAIN):
@@ -42,7 +67,11 @@ def _outlined(value: Any, tensors: list[Any]) -> Any:
         return {"dict": fields, **named}
     if isinstance(value, (list, tuple)):
         return {"tuple": [_outlined(item, tensors) for item in value]}
-    raise InputError(f"a {type(value).__name__} is neither a tensor nor plain data")
+    kind = type(value)
+    if kind.__module__.partition(".")[0] in LIBRARIES and hasattr(value, "__dict__"):
+        fields = {key: _outlined(item, tensors) for key, item in vars(value).items()}
+        return {"object": fields, "class": f"{kind.__module__}.{kind.__qualname__}"}
+    raise InputError(f"a {kind.__name__} is neither a tensor nor plain data")
 
 
 def rebuild(shape: Any, tensors: Sequence[Any]) -> Any:
@@ -53,21 +82,39 @@ def rebuild(shape: Any, tensors: Sequence[Any]) -> Any:
         return shape["value"]
     if "tuple" in shape:
         return tuple(rebuild(item, tensors) for item in shape["tuple"])
+    if "object" in shape:
+        return _object(shape["class"], {k: rebuild(v, tensors) for k, v in shape["object"].items()})
     fields = {key: rebuild(item, tensors) for key, item in shape["dict"].items()}
     return _instance(shape["class"], fields) if "class" in shape else fields
 
 
 def _instance(name: str, fields: Mapping[str, Any]) -> Any:
     """An output class of a known library with these fields; effuse's own if it has gone."""
+    found = class_of(name, Output)
+    mapping = found is not Output and issubclass(found, Mapping)
+    return found(**fields) if mapping else Output(fields)
+
+
+def _object(name: str, fields: Mapping[str, Any]) -> Any:
+    """An object of a class of a known library, such as a distribution, with these attributes."""
+    kind = class_of(name, Output)
+    if kind is Output:
+        return Output(fields)
+    found: Any = object.__new__(kind)
+    vars(found).update(fields)
+    return found
+
+
+def class_of(name: str, otherwise: type) -> type:
+    """The class of that name in a known library; of no other is anything imported."""
     home, _, kind = name.rpartition(".")
-    if home.partition(".")[0] in LIBRARIES:
-        try:
-            found = getattr(importlib.import_module(home), kind)
-        except (ImportError, AttributeError):
-            return Output(fields)
-        if isinstance(found, type) and issubclass(found, Mapping):
-            return found(**fields)
-    return Output(fields)
+    if home.partition(".")[0] not in LIBRARIES:
+        return otherwise
+    try:
+        found = getattr(importlib.import_module(home), kind)
+    except (ImportError, AttributeError):
+        return otherwise
+    return found if isinstance(found, type) else otherwise
 
 
 def labelled(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -87,7 +134,7 @@ def labelled(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
 
 
 def _label(label: str, value: Any, tensors: dict[str, Any], plain: dict[str, Any]) -> None:
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
+    if is_tensor(value):
         tensors[label] = value
     elif isinstance(value, Mapping):
         for key, item in value.items():

@@ -12,7 +12,7 @@ from typing import Any
 
 from effuse.api import Compiled, ModelConfig
 from effuse.errors import InputError, nearest
-from effuse.pipeline_calls import labelled, rebuild, shapes_of
+from effuse.pipeline_calls import labelled, rebuild, restored, shapes_of
 from effuse.sampler import nested
 
 NETWORK = "network"  # an entry that is called as the network itself; others take tensors by number
@@ -76,7 +76,18 @@ class Component:
     def __init__(self, name: str, described: Mapping[str, Any], entries: list[Entry]) -> None:
         self._name, self._described, self.entries = name, described, entries
         self._place = ""
+        self._kind: type = Component
         self.config = ModelConfig(described["config"])
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The network's: pipelines ask isinstance(controlnet, ControlNetModel)."""
+        return self._kind
+
+    def instead_of(self, kind: type) -> Component:
+        """Itself, taken for an instance of the network's class by those that ask."""
+        self._kind = kind
+        return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the network's forward."""
@@ -140,7 +151,7 @@ class Component:
         path = f"{self._place}.{name}".lstrip(".")
         described = self._described
         if path in described["reads"]:
-            return described["reads"][path]
+            return restored(described["reads"][path])
         if path in described["contexts"]:
             return lambda *args, **kwargs: contextlib.nullcontext()
         paths = {entry.described["path"] for entry in self.entries}

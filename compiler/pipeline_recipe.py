@@ -251,17 +251,29 @@ def decoding(pair: Pair, one: Call, other: Call) -> dict[str, Any]:
 
 
 def same_numbers(latents: Sequence[Array], wanted: Sequence[Array]) -> Array:
-    """In which order the latents are the decoder's input, scaled and shifted as a whole.
+    """In which order the latents are the decoder's input, scaled and shifted.
 
     Both runs together tell each value: it is a point of two coordinates.
     """
+    scale, shift = as_sorted(latents[0], wanted[0])
     x, y = (np.stack([each.ravel() for each in both], axis=1).astype(np.float64)
-            for both in (latents, wanted))  # fmt: skip
-    scale, shift = np.polyfit(np.sort(x[:, 0]), np.sort(y[:, 0]), 1)
-    distance, order = require("scipy.spatial").cKDTree(x * scale + shift).query(y)
+            for both in ([each * scale + shift for each in latents], wanted))  # fmt: skip
+    distance, order = require("scipy.spatial").cKDTree(x).query(y)
     if distance.max() > CLOSE * np.abs(y).max() or len(set(order.tolist())) != len(order):
         raise InputError("its decoder's input is not the latents in any order, scaled and shifted")
     return np.asarray(order, dtype=np.int64)
+
+
+def as_sorted(latents: Array, wanted: Array) -> Array:
+    """Scale and shift by which the latents, sorted, are the decoder's input, sorted: of each
+    channel, where tokens (pictures, tokens, channels) have as many as the decoder takes, else of
+    all.
+    """
+    apart = latents.ndim == 3 and latents.shape[-1] == wanted.shape[1]
+    pairs = zip(latents.reshape(-1, latents.shape[-1]).T, np.moveaxis(wanted, 1, 0), strict=False)
+    fits = [np.polyfit(np.sort(x.ravel().astype(np.float64)), np.sort(y.ravel()), 1)
+            for x, y in (pairs if apart else [(latents, wanted)])]  # fmt: skip
+    return np.stack(fits, axis=1)
 
 
 def picture_of(result: Any) -> Array:

@@ -16,6 +16,7 @@ import numpy as np
 from effuse import api, artifact
 from effuse.errors import ArtifactError, InputError, require
 from effuse.noise import draws
+from effuse.pipeline_calls import class_of
 from effuse.pipeline_parts import Component, open_component
 from effuse.pipeline_play import drawn, play
 from effuse.pipeline_tokens import Text, tokens_of
@@ -70,6 +71,8 @@ class CompiledPipeline:
                  for name, each in self.manifest["others"].items()}  # fmt: skip
         made = getattr(importlib.import_module(home), kind)
         named = {name: None for name in made._get_signature_keys(made)[0]}
+        for name, component in self.components.items():
+            component.instead_of(class_of(self.manifest["components"][name]["class"], Component))
         return made(**{**named, **found, **self.components, **told["settings"]})
 
     def run(
@@ -146,7 +149,7 @@ class CompiledPipeline:
     def into(self, pipe: Any) -> Any:
         """Put the compiled components into a pipeline that has their places; returns it."""
         for name, component in self.components.items():
-            setattr(pipe, name, component)
+            setattr(pipe, name, component.instead_of(getattr(pipe, name).__class__))
         return pipe
 
     @property

@@ -20,8 +20,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from effuse.pipeline_calls import PLAIN, labelled, shapes_of
+from effuse.pipeline_calls import is_plain, labelled, shapes_of, stored
 
+SERVED = {"config", "dtype", "device", "modules", "parameters"}  # by every compiled component
 COMPUTED = 2  # steps in which a watched denoiser computes
 
 
@@ -72,6 +73,7 @@ class Log:
     steps: list[Step] = field(default_factory=list)
     readings: list[Reading] = field(default_factory=list)
     reads: dict[str, dict[str, Any]] = field(default_factory=dict)  # plain attributes, by component
+    uses: dict[str, set[str]] = field(default_factory=dict)  # what else no artifact has, likewise
     contexts: dict[str, set[str]] = field(default_factory=dict)
     result: Any = None
     scheduler: Any = None  # as it was before its first step
@@ -114,6 +116,11 @@ class Watched:
     def __init__(self, module: nn.Module, component: str, log: Log, path: str = "") -> None:
         self._module, self._component, self._log, self._path = module, component, log, path
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The network's: pipelines ask isinstance(controlnet, ControlNetModel)."""
+        return type(self._module)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the network's forward."""
         return self._record(self._module.forward, self._path, self._module, args, kwargs)
@@ -125,9 +132,17 @@ class Watched:
             return Watched(value, self._component, self._log, path)
         if inspect.ismethod(value) and value.__self__ is self._module:
             return self._method(value, path)
-        if isinstance(value, PLAIN):
-            self._log.reads.setdefault(self._component, {})[path] = value
+        if is_plain(value):
+            self._log.reads.setdefault(self._component, {})[path] = stored(value)
+        else:
+            self._use(path)
         return value
+
+    def _use(self, path: str) -> None:
+        """Take down what no artifact has; libraries ask for private names where they are."""
+        name = path.rpartition(".")[2]
+        if name not in SERVED and not name.startswith("_"):
+            self._log.uses.setdefault(self._component, set()).add(path)
 
     def _method(self, method: Callable[..., Any], path: str) -> Callable[..., Any]:
         @functools.wraps(method)
@@ -139,6 +154,8 @@ class Watched:
                 return self
             if hasattr(found, "__enter__"):
                 self._log.contexts.setdefault(self._component, set()).add(path)
+            else:
+                self._use(path)
             return found
 
         return call

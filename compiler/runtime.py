@@ -228,18 +228,19 @@ class Session:
     def _result(self, flat: list[Any], return_dict: bool) -> Any:
         if "return_dict" not in self.spec.parameters:
             return _unflatten(self.spec.result, flat)
-        if not return_dict:
-            return tuple(flat)
-        names = field_names(self.spec.result, len(flat))
-        return Output(dict(zip(names, flat, strict=True)))
+        fields = named_fields(self.spec.result)
+        found = {name: _unflatten(shape, flat) for name, shape in fields.items()}
+        return Output(found) if return_dict else tuple(found.values())
 
 
-def field_names(result: Any, count: int) -> list[str]:
-    """The outputs' names, where they were captured with names, else `sample`, `output_1`, …"""
-    captured = result.get("dict", {}) if isinstance(result, Mapping) else {}
-    places = {index: name for name, index in captured.items() if isinstance(index, int)}
-    usual = ("sample", *(f"output_{index}" for index in range(1, count)))
-    return [places.get(index, name) for index, name in enumerate(usual)]
+def named_fields(result: Any) -> dict[str, Any]:
+    """What the network returns by name, each as it is nested: by the names that it was captured
+    with, else `sample`, `output_1`, …
+    """
+    if isinstance(result, Mapping) and "dict" in result:
+        return dict(result["dict"])
+    shapes = [result] if isinstance(result, int) else result["tuple"]
+    return {f"output_{index}" if index else "sample": each for index, each in enumerate(shapes)}
 
 
 def _unflatten(shape: Any, flat: Sequence[Any]) -> Any:

@@ -402,3 +402,34 @@ def test_threads_give_the_same_numbers(net, scheduled, tmp_path):
         pytest.skip("threads are onnxruntime's")
     loaded = effuse.load(scheduled.save(tmp_path / "net.effuse"), threads=1)
     close(loaded(**example(seed=1)).sample, eager(net, example(seed=1)))
+
+
+class Steers(nn.Module):
+    """Gives what another network adds at several places, as ControlNets do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, sample, timestep, return_dict=True):
+        h = self.enter(sample) * timestep.reshape(-1, 1)
+        down = [h, h.tanh()]
+        if not return_dict:
+            return down, self.leave(h)
+        return {"down": tuple(down), "mid": self.leave(h)}
+
+
+@pytest.mark.parametrize("captured_with_names", [True, False])
+def test_results_within_results_stay_nested(captured_with_names):
+    torch.manual_seed(0)
+    net = Steers().eval()
+    given = {"sample": torch.randn(2, 4), "timestep": torch.tensor([0.5, 0.5])}
+    inputs = {**given, "return_dict": captured_with_names}
+    compiled = effuse.compile(net, "none", inputs=inputs, progress=False)
+    (one, other), middle = compiled(**given, return_dict=False)
+    with torch.no_grad():
+        (first, second), third = net(**given, return_dict=False)
+    torch.testing.assert_close([one, other, middle], [first, second, third])
+    named = compiled(**given)
+    assert list(named) == (["down", "mid"] if captured_with_names else ["sample", "output_1"])
+    torch.testing.assert_close(named[0][1], second)

@@ -1,0 +1,116 @@
+"""What pipelines ask of their components beside calls: class, attributes, objects they return."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hand_made import tiny_pipelines
+
+import effuse
+from effuse.errors import CaptureError
+from effuse.metrics import psnr_db
+from effuse.pipeline_calls import class_of, outline, rebuild, restored, stored
+from effuse.runtime import Output
+
+pytest.importorskip("transformers")
+from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionPAGPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+STEPS, CLOSE_DB = 4, 50
+SQUARE = {"height": 32, "width": 32}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The builders of tiny pipelines."""
+    return tiny_pipelines()
+
+
+def built(pipe, call):
+    pipe.set_progress_bar_config(disable=True)
+    return effuse.compile_pipeline(
+        pipe, "exact", steps=STEPS, prompts=("a dog",), call=call, progress=False
+    )
+
+
+def picture(pipe, call):
+    given = {"num_inference_steps": STEPS, "output_type": "np", **call}
+    return pipe("a cat", generator=torch.Generator().manual_seed(3), **given)[0]
+
+
+def same_when_loaded(pipe, call, folder):
+    compiled = built(pipe, call)
+    loaded = effuse.load(compiled.save(folder / "a.effuse"))
+    loaded.pipeline().set_progress_bar_config(disable=True)
+    assert psnr_db(picture(pipe, call), picture(loaded, call), peak=1.0) >= CLOSE_DB
+    return loaded
+
+
+def test_a_component_that_is_asked_for_its_class(tiny, tmp_path):
+    call = {**SQUARE, "image": tiny.PICTURE}
+    pipe = tiny.controlled()
+    loaded = same_when_loaded(pipe, call, tmp_path)
+    assert {"controlnet", "unet", "vae"} <= set(loaded.components)
+    assert isinstance(loaded.components["controlnet"], ControlNetModel)
+    plain = picture(pipe, {**call, "controlnet_conditioning_scale": 0.0})
+    assert psnr_db(plain, picture(pipe, call), peak=1.0) < CLOSE_DB  # the ControlNet counts
+    assert type(pipe.controlnet) is ControlNetModel
+
+
+def test_an_encoder_that_returns_a_distribution(tiny, tmp_path):
+    call = {"image": tiny.PICTURE, "strength": 0.8}
+    loaded = same_when_loaded(tiny.from_a_picture(), call, tmp_path)
+    assert {"vae.encode", "vae.decode"} <= {
+        entry.described["folder"] for entry in loaded.components["vae"].entries
+    }
+
+
+def test_numbers_that_are_read_of_a_component(tiny, tmp_path):
+    call = {**SQUARE, "num_frames": 9, "max_sequence_length": 16}
+    pipe = tiny.ltx()
+    loaded = same_when_loaded(pipe, call, tmp_path)
+    vae = loaded.components["vae"]
+    assert torch.equal(vae.latents_std, pipe.vae.latents_std)
+    assert vae.spatial_compression_ratio == pipe.vae.spatial_compression_ratio
+    found = loaded.run("a cat", seed=3)
+    assert psnr_db(picture(pipe, call), found, peak=1.0) >= CLOSE_DB
+
+
+def test_what_changes_a_component_while_it_runs_leaves_it_as_it_is(tiny, tmp_path):
+    parts = tiny.stable_diffusion().components
+    pipe = StableDiffusionPAGPipeline(
+        **parts, requires_safety_checker=False, pag_applied_layers=["mid"]
+    )
+    loaded = same_when_loaded(pipe, SQUARE, tmp_path)
+    assert set(loaded.components) == {"vae", "text_encoder"}
+    told = loaded.manifest["components"]["unet"]["reason"]
+    assert told.startswith("CaptureError: the pipeline uses unet.attn_processors")
+    with pytest.raises(CaptureError, match=r"uses unet\.attn_processors"):
+        effuse.compile_pipeline(pipe, steps=STEPS, call=SQUARE, components=["unet"], progress=False)
+
+
+def test_an_object_of_a_known_library_and_its_outline():
+    moments = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    one = DiagonalGaussianDistribution(moments)
+    shape, tensors = outline({"latent_dist": one})
+    other = rebuild(shape, tensors)["latent_dist"]
+    assert type(other) is DiagonalGaussianDistribution
+    draws = [each.sample(torch.Generator().manual_seed(1)) for each in (one, other)]
+    assert torch.equal(*draws) and torch.equal(one.mode(), other.mode())
+    gone = {"object": {"mean": 0}, "class": "diffusers.models.gone.Distribution"}
+    assert rebuild(gone, [np.zeros(1)]).mean.shape == (1,)
+
+
+def test_classes_of_known_libraries_only():
+    assert class_of("diffusers.DDIMScheduler", Output) is DDIMScheduler
+    for name in ("subprocess.Popen", "diffusers.gone.It", "diffusers.__version__"):
+        assert class_of(name, Output) is Output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_numbers_as_json(dtype):
+    value = (torch.randn(3, 2, generator=torch.Generator().manual_seed(0)) * 9).to(dtype)
+    found = restored(stored(value))
+    assert found.dtype == dtype and torch.equal(found, value)
+    assert restored(stored(1.5)) == 1.5 and restored(stored(None)) is None
