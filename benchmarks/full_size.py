@@ -181,9 +181,13 @@ def killed(command: list[str], work: Path, arguments: argparse.Namespace) -> lis
         code, _ = watched(command, work, seconds)
         if code != -signal.SIGKILL:
             raise SystemExit(f"the build had ended before: --within is over {seconds:.0f} s")
-        left = disk_of(os.getpid(), work / "out.part") if (work / "out.part").exists() else 0
-        found.append({"seconds": round(seconds), "left_bytes": left})
+        found.append({"seconds": round(seconds), "left_bytes": left(work)})
     return found
+
+
+def left(work: Path) -> int:
+    """Bytes on disk of what an interrupted build has finished."""
+    return sum(taken(path) for path in (work / "out.part").rglob("*"))
 
 
 def parsed() -> argparse.Namespace:
@@ -255,6 +259,7 @@ def measured(arguments: argparse.Namespace, work: Path) -> int:
     before = last.read_text() if last.exists() else None
     shutil.rmtree(work / "out", ignore_errors=True)
     kills = killed(command, work, arguments)
+    resumed = left(work)  # of these, or of one that was killed by hand
     code, disk = watched(command, work)
     if code:
         return code
@@ -265,7 +270,7 @@ def measured(arguments: argparse.Namespace, work: Path) -> int:
         "within_bound": found["peak_bytes"] <= GOAL * size,
         "artifact_share": found["artifact_bytes"] / size,
         "left_behind": sorted({each.name for each in work.iterdir()} - KEPT),
-        "killed": kills,
+        "killed": kills, "resumed_bytes": resumed,
     }  # fmt: skip
     sums = (work / "out" / "SHA256SUMS").read_text()
     found["same_as_before"] = None if before is None else before == sums
