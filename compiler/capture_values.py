@@ -1,9 +1,9 @@
 """Values that forward reads out of tensors, recorded on the examples and repeated while capturing.
 
-`if mask.any():`, `lengths.tolist()` and `x[mask]` make numbers, branches and sizes of a tensor's
-values, which no graph can hold. Where these follow from inputs that are the same at every call, the
-network run on the examples tells them: they become a part of the program, and the inputs that they
-were read from static, so that a call with others is refused.
+`if mask.any():`, `lengths.tolist()`, `x[mask]` and `x[:length]` make numbers, branches and sizes of
+a tensor's values, which no graph can hold. Where these follow from inputs that are the same at
+every call, the network run on the examples tells them: they become a part of the program, and the
+inputs that they were read from static, so that a call with others is refused.
 """
 
 from __future__ import annotations
@@ -48,13 +48,30 @@ def is_read(function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     return function is torch.where and len(args) + len(kwargs) == 1
 
 
-def masks(function: Function, args: tuple[Any, ...]) -> list[Tensor]:
-    """The truth values that a call picks elements by."""
+def is_mask(part: Any) -> bool:
+    """Whether a part of an index picks elements by truth values."""
+    return isinstance(part, Tensor) and part.dtype is torch.bool and part.dim() > 0
+
+
+def parts_of(function: Function, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a call indexes by, axis by axis; nothing if it is no indexing."""
     if function not in INDEXED:
-        return []
-    chosen = args[1] if isinstance(args[1], tuple) else (args[1],)
-    return [each for each in chosen if isinstance(each, Tensor) and each.dtype is torch.bool
-            and each.dim()]  # fmt: skip
+        return ()
+    return args[1] if isinstance(args[1], tuple) else (args[1],)
+
+
+def choosing(function: Function, args: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors in an index of whose values a size is made: masks, and the ends of slices."""
+    found: list[Tensor] = []
+    for part in parts_of(function, args):
+        found += [part] if is_mask(part) else []
+        found += [end for end in ends(part) if isinstance(end, Tensor)]
+    return found
+
+
+def ends(part: Any) -> tuple[Any, ...]:
+    """Where a slice begins and ends, and its step."""
+    return (part.start, part.stop, part.step) if isinstance(part, slice) else ()
 
 
 class Record(TorchFunctionMode):
@@ -74,9 +91,9 @@ class Record(TorchFunctionMode):
         kwargs = kwargs or {}
         read = pytree.tree_leaves((args, kwargs))
         sources = self._of(each for each in read if isinstance(each, Tensor))
-        for mask in masks(function, args):
-            self.values.append(mask.nonzero(as_tuple=True))
-            self.labels |= self._of([mask])
+        for each in choosing(function, args):
+            self.values.append(each.nonzero(as_tuple=True) if is_mask(each) else int(each))
+            self.labels |= self._of([each])
         result = function(*args, **kwargs)
         if is_read(function, args, kwargs):
             one_by_one = function is Tensor.tolist  # as torch.export asks for a list
@@ -117,9 +134,9 @@ class Replay(TorchFunctionMode):
             return self._nested(tuple(args[0].shape))
         if is_read(function, args, kwargs):
             return _kept(next(self._left))
-        found = [_kept(next(self._left)) for _ in masks(function, args)]
+        found = [_kept(next(self._left)) for _ in choosing(function, args)]
         if found:
-            args = (args[0], _indexed(args[1], found), *args[2:])
+            args = (args[0], _indexed(parts_of(function, args), iter(found)), *args[2:])
         return function(*args, **kwargs)
 
     def _nested(self, shape: tuple[int, ...]) -> Any:
@@ -128,13 +145,14 @@ class Replay(TorchFunctionMode):
         return [self._nested(shape[1:]) for _ in range(shape[0])]
 
 
-def _indexed(chosen: Any, found: list[tuple[Tensor, ...]]) -> tuple[Any, ...]:
-    """An index with the places of the true elements where truth values were."""
-    places = iter(found)
+def _indexed(chosen: tuple[Any, ...], found: Iterator[Any]) -> tuple[Any, ...]:
+    """An index with the places of the true elements where truth values were, and plain ends."""
     parts: list[Any] = []
-    for each in chosen if isinstance(chosen, tuple) else (chosen,):
-        truth = isinstance(each, Tensor) and each.dtype is torch.bool and each.dim()
-        parts.extend(next(places) if truth else (each,))
+    for part in chosen:
+        if isinstance(part, slice):
+            parts.append(slice(*(next(found) if isinstance(e, Tensor) else e for e in ends(part))))
+        else:
+            parts.extend(next(found) if is_mask(part) else (part,))
     return tuple(parts)
 
 

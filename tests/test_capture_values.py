@@ -84,3 +84,42 @@ def test_writing_where_a_mask_is_true():
     program = capture(model, {"sample": x, "mask": mask})
     other = {"sample": torch.randn(3, 4), "mask": mask}
     assert torch.equal(run_program(program, other)[0], model(**other))
+
+
+class Cutting(nn.Module):
+    """Opens a mask row by row up to an end that is a tensor, as packed video frames do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(
+        self, sample: torch.Tensor, prompt: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        ends = mask.sum(dim=1)
+        open_places = torch.zeros(2, 6, dtype=torch.bool)
+        for row in range(2):
+            open_places[row, 2 : 2 + ends[row]] = True
+            open_places[row, ends[row] : 5 : ends[1]] = True
+        kept = prompt[:, : ends[0], mask[1].bool()]
+        return self.layer(sample) + open_places.sum(dim=1, keepdim=True) + kept.mean(dim=(1, 2))
+
+
+def test_the_ends_of_slices_may_be_read_from_an_input():
+    given, model = inputs() | {"prompt": torch.randn(2, 4, 4, 4)}, Cutting().eval()
+    program = capture(model, given)
+    assert {item.name: item.role for item in program.inputs}["mask"] is Role.STATIC
+    other = given | {"sample": torch.randn(2, 4), "prompt": torch.randn(2, 4, 4, 4)}
+    with torch.no_grad():
+        assert torch.equal(run_program(program, other)[0], model(**other))
+
+
+def test_the_end_of_a_slice_that_the_latent_says_is_not_recorded():
+    class Ending(nn.Module):
+        def forward(self, sample: torch.Tensor) -> torch.Tensor:
+            places = torch.zeros(sample.numel(), dtype=torch.bool)
+            places[: (sample > 0).sum()] = True
+            return sample + places.view_as(sample)
+
+    with pytest.raises(CaptureError, match="depends on the data"):
+        capture(Ending().eval(), {"sample": torch.ones(2, 4)})
