@@ -2,7 +2,7 @@
 
 A list of sizes is noise of them, {"time": sizes} the timestep, {"table": numbers} whole numbers,
 {"index": sizes} those from 0, {"ones": sizes} truth values, {"list": rows} and {"tuple": rows}
-several, {"value": …} anything else as it is.
+several, {"units": sizes} whole numbers 1, {"value": …} anything else as it is.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ KINDS: Mapping[str, Callable[[Any], Any]] = {
     "table": torch.tensor,
     "index": lambda sizes: torch.arange(math.prod(sizes)).reshape(sizes),
     "ones": lambda sizes: torch.ones(sizes, dtype=torch.bool),
+    "units": lambda sizes: torch.ones(sizes, dtype=torch.long),
     "value": lambda each: each,
 }
 

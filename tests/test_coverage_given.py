@@ -46,10 +46,12 @@ TOLD = {"h": [2, 3, 4], "timestep": {"time": [2]},
 
 
 def test_a_row_tells_inputs():
-    found = inputs_of({**TOLD, "ids": {"index": [2, 3]}, "kinds": {"table": [0, 2]}}, 7.0)
+    more = {"ids": {"index": [2, 3]}, "kinds": {"table": [0, 2]}, "seen": {"units": [1, 2]}}
+    found = inputs_of({**TOLD, **more}, 7.0)
     assert found["timestep"].tolist() == [7, 7]
     assert found["ids"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert found["kinds"].dtype is torch.int64 and found["sizes"] == [5, 1]
+    assert found["seen"].tolist() == [[1, 1]] and found["seen"].dtype is torch.int64
     assert type(found["pairs"][0]) is tuple and found["pairs"][1][1].tolist() == [True]
     assert found["h"].shape == (2, 3, 4) and found["h"].unique().numel() == 24
     assert torch.equal(found["h"], inputs_of(TOLD, 1.0)["h"])
