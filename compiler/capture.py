@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -33,8 +34,10 @@ from effuse.capture_inputs import (
     symbolic_axes,
 )
 from effuse.capture_layout import laid_out
+from effuse.capture_routing import Routing, check_routing
+from effuse.capture_rows import UnsupportedError
 from effuse.capture_unwrap import by_name, uncompiled, unwrapped
-from effuse.capture_values import Record, recorded, replayed
+from effuse.capture_values import OPEN, Record, recorded, replayed
 from effuse.errors import CaptureError
 from effuse.graph import eliminate, set_outputs
 from effuse.plan import ROLE_DEPENDS, Dim, Input, Role
@@ -95,7 +98,7 @@ def captured(
     expected, result = expected_outputs(model, inputs, exported)
     described = described_inputs(dict(zip(names, leaves, strict=True)), found, graph, symbols)
     part = whole(graph, described)
-    on_meta = any(leaf.tensor.is_meta for leaf in leaves)
+    bare = on_meta(inputs)
     return Program(
         inputs=described,
         parameters=parameters,
@@ -107,8 +110,8 @@ def captured(
         timesteps=timesteps,
         bounds=dict(dynamic or {}),
         steps=steps,
-        examples={} if on_meta else {n: v.tensor for n, v in zip(names, leaves, strict=True)},
-        expected=None if on_meta else expected,
+        examples={} if bare else {n: v.tensor for n, v in zip(names, leaves, strict=True)},
+        expected=None if bare else expected,
         model=describe(model),
     )
 
@@ -166,21 +169,46 @@ def traced(
     """The exported network, and its inputs whose values it reads: they have become static.
 
     These values are recorded on the examples, where torch.export cannot do without them, and where
-    they can be the same at every step.
+    they can be the same at every step. Where they cannot, they may route rows to experts.
     """
+    failure = None
     try:
         exported = export(model, inputs, shapes)
         if not unknown_sizes(exported):
             return exported, {}
-        record = None if shapes is not None else readable(model, inputs, roles)
-        if record is None:
-            return exported, {}
     except CaptureError as error:
-        record = None if shapes is not None else readable(model, inputs, roles)
-        if record is None:
-            raise error
-    with replayed(model, record.values):
-        return export(model, inputs, None), dict.fromkeys(record.labels, Role.STATIC)
+        failure = error
+    record = None if shapes is not None else readable(model, inputs, roles)
+    values = [] if record is None else record.values
+    if failure is None and (not values or OPEN in values):
+        return exported, {}
+    if failure is not None and (record is None or OPEN in values):
+        found = routed(model, inputs, shapes, values, failure)
+    elif failure is not None and not values:
+        raise failure
+    else:
+        with replayed(model, values):
+            found = export(model, inputs, None)
+    return found, {} if record is None else dict.fromkeys(record.labels, Role.STATIC)
+
+
+def routed(
+    model: nn.Module, inputs: Mapping[str, Any], shapes: dict[str, Any] | None, values: list[Any],
+    failure: CaptureError,
+) -> ExportedProgram:  # fmt: skip
+    """The exported network with all rows in the place of those that data choose.
+
+    Raises:
+        CaptureError: it does not choose its rows so; `failure`, which is nearer to the point.
+    """
+    try:
+        with Routing(), replayed(model, values) if values else nullcontext():
+            exported = export(model, inputs, shapes)
+        if not on_meta(inputs):
+            check_routing(model, inputs, exported)
+    except (CaptureError, UnsupportedError) as error:
+        raise failure from error
+    return exported
 
 
 def unknown_sizes(exported: ExportedProgram) -> bool:
@@ -189,18 +217,23 @@ def unknown_sizes(exported: ExportedProgram) -> bool:
                if isinstance(node.meta.get("val"), torch.Tensor))  # fmt: skip
 
 
+def on_meta(inputs: Mapping[str, Any]) -> bool:
+    """Whether an example has no values."""
+    leaves = pytree.tree_leaves(dict(inputs))
+    return any(each.is_meta for each in leaves if isinstance(each, torch.Tensor))
+
+
 def readable(
     model: nn.Module, inputs: Mapping[str, Any], roles: Mapping[str, Role]
 ) -> Record | None:
-    """What forward reads on the examples; None where it may read something else at another step."""
-    if any(each.is_meta for each in pytree.tree_leaves(dict(inputs)) if torch.is_tensor(each)):
+    """What forward reads on the examples, with what may be something else at another step open."""
+    if on_meta(inputs):
         return None
+    changing = [label for label, role in roles.items() if role in CHANGING]
     try:
-        record = recorded(model, inputs)
+        return recorded(model, inputs, changing)
     except Exception:  # of the network itself: what export said of it is nearer to the point
         return None
-    changing = any(roles[label] in CHANGING for label in record.labels)
-    return None if changing or not record.values else record
 
 
 def export(
@@ -316,7 +349,7 @@ def expected_outputs(
         raise CaptureError("the network returns nothing that torch.export understands")
     count = spec.num_leaves
     nested = nest(pytree.tree_unflatten(list(range(count)), spec))
-    if any(t.is_meta for t in pytree.tree_leaves(dict(inputs)) if isinstance(t, torch.Tensor)):
+    if on_meta(inputs):
         return (), nested
     with torch.no_grad():
         flat = pytree.tree_leaves(model(**copied(inputs)))

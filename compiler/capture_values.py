@@ -3,13 +3,15 @@
 `if mask.any():`, `lengths.tolist()`, `x[mask]` and `x[:length]` make numbers, branches and sizes of
 a tensor's values, which no graph can hold. Where these follow from inputs that are the same at
 every call, the network run on the examples tells them: they become a part of the program, and the
-inputs that they were read from static, so that a call with others is refused.
+inputs that they were read from static, so that a call with others is refused. What follows from
+inputs that change is left open.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ SIZED: frozenset[Any] = frozenset({
     Tensor.unique_consecutive, torch.bincount, torch.masked_select, Tensor.masked_select,
     torch.argwhere, Tensor.argwhere,
 })  # fmt: skip
+OPEN = object()  # in the place of a value that follows from what changes
 INDEXED: frozenset[Any] = frozenset({Tensor.__getitem__, Tensor.__setitem__})
 
 
@@ -77,10 +80,11 @@ def ends(part: Any) -> tuple[Any, ...]:
 class Record(TorchFunctionMode):
     """Notes, in their order, the values that are read, and the inputs that these follow from."""
 
-    def __init__(self, leaves: list[Leaf]) -> None:
+    def __init__(self, leaves: list[Leaf], changing: Collection[str] = ()) -> None:
         super().__init__()
         self.values: list[Any] = []
         self.labels: set[str] = set()
+        self._changing = frozenset(changing)
         self._sources: Any = WeakTensorKeyDictionary()
         for leaf in leaves:
             self._sources[leaf.tensor] = frozenset((leaf.label,))
@@ -92,18 +96,24 @@ class Record(TorchFunctionMode):
         read = pytree.tree_leaves((args, kwargs))
         sources = self._of(each for each in read if isinstance(each, Tensor))
         for each in choosing(function, args):
-            self.values.append(each.nonzero(as_tuple=True) if is_mask(each) else int(each))
-            self.labels |= self._of([each])
+            value = each.nonzero(as_tuple=True) if is_mask(each) else int(each)
+            self._note([value], self._of([each]))
         result = function(*args, **kwargs)
         if is_read(function, args, kwargs):
             one_by_one = function is Tensor.tolist  # as torch.export asks for a list
-            self.values += args[0].flatten().tolist() if one_by_one else [_kept(result)]
-            self.labels |= sources
+            self._note(args[0].flatten().tolist() if one_by_one else [_kept(result)], sources)
         touched = [args[0]] if function is Tensor.__setitem__ else pytree.tree_leaves(result)
         for each in touched:
             if isinstance(each, Tensor):
                 self._sources[each] = sources | self._sources.get(each, frozenset())
         return result
+
+    def _note(self, values: list[Any], sources: frozenset[str]) -> None:
+        if sources & self._changing:
+            self.values.append(OPEN)
+        else:
+            self.values += values
+            self.labels |= sources
 
     def _of(self, tensors: Any) -> frozenset[str]:
         none: frozenset[str] = frozenset()
@@ -130,14 +140,21 @@ class Replay(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if function is Tensor.tolist:
-            return self._nested(tuple(args[0].shape))
         if is_read(function, args, kwargs):
-            return _kept(next(self._left))
+            return self._read(function, args, kwargs)
         found = [_kept(next(self._left)) for _ in choosing(function, args)]
         if found:
             args = (args[0], _indexed(parts_of(function, args), iter(found)), *args[2:])
         return function(*args, **kwargs)
+
+    def _read(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        value = next(self._left)
+        if value is OPEN:
+            return function(*args, **kwargs)
+        if function is not Tensor.tolist:
+            return _kept(value)
+        self._left = chain((value,), self._left)
+        return self._nested(tuple(args[0].shape))
 
     def _nested(self, shape: tuple[int, ...]) -> Any:
         if not shape:
@@ -150,16 +167,25 @@ def _indexed(chosen: tuple[Any, ...], found: Iterator[Any]) -> tuple[Any, ...]:
     parts: list[Any] = []
     for part in chosen:
         if isinstance(part, slice):
-            parts.append(slice(*(next(found) if isinstance(e, Tensor) else e for e in ends(part))))
+            parts.append(slice(*(_known(end, found) for end in ends(part))))
+        elif is_mask(part):
+            places = next(found)
+            parts.extend((part,) if places is OPEN else places)
         else:
-            parts.extend(next(found) if is_mask(part) else (part,))
+            parts.append(part)
     return tuple(parts)
 
 
-def recorded(model: nn.Module, inputs: Mapping[str, Any]) -> Record:
-    """What forward reads out of tensors on these inputs."""
+def _known(end: Any, found: Iterator[Any]) -> Any:
+    """The end of a slice as a number, where it is known."""
+    value = next(found) if isinstance(end, Tensor) else end
+    return end if value is OPEN else value
+
+
+def recorded(model: nn.Module, inputs: Mapping[str, Any], changing: Collection[str] = ()) -> Record:
+    """What forward reads out of tensors on these inputs, those `changing` left open."""
     given = copied(inputs)
-    record = Record(flatten_inputs(given)[0])
+    record = Record(flatten_inputs(given)[0], changing)
     with torch.no_grad(), record:
         model(**given)
     return record
