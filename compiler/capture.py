@@ -24,6 +24,7 @@ from effuse.capture_checks import (
 )
 from effuse.capture_data import DataDetached
 from effuse.capture_derived import checked_steps, derived_sizes
+from effuse.capture_flex import by_place, flex_dense
 from effuse.capture_inline import inline_modes
 from effuse.capture_inputs import (
     Leaf,
@@ -241,7 +242,7 @@ def export(
 ) -> ExportedProgram:
     """torch.export without decompositions; failures are told in terms of the user's source."""
     try:
-        with torch.no_grad(), DataDetached():
+        with torch.no_grad(), DataDetached(), flex_dense(model):
             exported = torch.export.export(
                 model, (), dict(inputs), dynamic_shapes=shapes, strict=False
             )
@@ -252,7 +253,8 @@ def export(
         isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
         for node in exported.graph.nodes
     )
-    exported = exported.run_decompositions({}) if mutates else exported
+    if mutates or by_place(exported.graph):
+        exported = exported.run_decompositions({})
     for spec in exported.graph_signature.output_specs:
         if spec.kind is OutputKind.BUFFER_MUTATION:
             raise CaptureError(
