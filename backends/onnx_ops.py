@@ -15,6 +15,7 @@ from effuse.backends.onnx_complex import widen_pairs
 from effuse.backends.onnx_integer import bind_integer_layers, bind_nbits, restore_weights
 from effuse.backends.onnx_resize import gather_uneven
 from effuse.backends.onnx_runtime_ops import MATMUL_NBITS, MULTI_HEAD_ATTENTION
+from effuse.backends.onnx_truths import choose_truths
 from effuse.graph import (
     calls,
     eliminate,
@@ -213,6 +214,7 @@ def prepare(graph: fx.Graph, weights: WeightStore, contrib: bool = True) -> None
     gather_uneven(graph, weights)
     give_one_head(graph)
     widen_pairs(graph)
+    choose_truths(graph)
     if contrib:
         fuse_attention(graph)
         bind_integer_layers(graph)

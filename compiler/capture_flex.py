@@ -25,8 +25,8 @@ class FlexDense(TorchFunctionMode):
     """Computes every FlexAttention in ordinary ops."""
 
     def __enter__(self) -> Any:
-        self._outer = _get_current_function_mode_stack()
-        return super().__enter__()
+        self._outer = modes()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -36,9 +36,14 @@ class FlexDense(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
         with ExitStack() as stack:  # torch takes one of torch.export's own modes away around it
             for mode in self._outer:
-                if mode not in _get_current_function_mode_stack():
+                if mode not in modes():
                     stack.enter_context(mode)
             return dense(*args, **(kwargs or {}))
+
+
+def modes() -> list[Any]:
+    """The modes that see torch's functions here."""
+    return list(_get_current_function_mode_stack())  # type: ignore[no-untyped-call]
 
 
 class Indexed(TorchFunctionMode):
@@ -65,10 +70,14 @@ def flex_dense(model: nn.Module) -> Iterator[None]:
 
     The mode is entered in the call itself: torch.export's own have to see what this computes.
     """
-    mode = FlexDense()
+    stack = ExitStack()
+
+    def enter(*_: Any) -> None:
+        stack.enter_context(FlexDense())
+
     hooks = (
-        model.register_forward_pre_hook(lambda *_: mode.__enter__() and None),
-        model.register_forward_hook(lambda *_: mode.__exit__(None, None, None), always_call=True),
+        model.register_forward_pre_hook(enter),
+        model.register_forward_hook(lambda *_: stack.close(), always_call=True),
     )
     try:
         yield
