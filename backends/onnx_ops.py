@@ -11,6 +11,7 @@ from onnxscript.ir import DataType
 from torch import fx
 
 from effuse.backends.onnx_attention import fuse_attention, give_one_head
+from effuse.backends.onnx_brain import widen_brain
 from effuse.backends.onnx_complex import widen_pairs
 from effuse.backends.onnx_integer import bind_integer_layers, bind_nbits, restore_weights
 from effuse.backends.onnx_resize import gather_uneven
@@ -215,6 +216,7 @@ def prepare(graph: fx.Graph, weights: WeightStore, contrib: bool = True) -> None
     give_one_head(graph)
     widen_pairs(graph)
     choose_truths(graph)
+    widen_brain(graph)
     if contrib:
         fuse_attention(graph)
         bind_integer_layers(graph)
