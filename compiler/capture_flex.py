@@ -11,11 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from effuse.capture_unwrap import forward_as
 
 Tensor = torch.Tensor
 LOG2 = math.log(2)  # torch's op gives logarithms to the base of 2
@@ -70,20 +73,15 @@ def flex_dense(model: nn.Module) -> Iterator[None]:
 
     The mode is entered in the call itself: torch.export's own have to see what this computes.
     """
-    stack = ExitStack()
+    forward = model.forward
 
-    def enter(*_: Any) -> None:
-        stack.enter_context(FlexDense())
+    @wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with FlexDense():
+            return forward(*args, **kwargs)
 
-    hooks = (
-        model.register_forward_pre_hook(enter),
-        model.register_forward_hook(lambda *_: stack.close(), always_call=True),
-    )
-    try:
+    with forward_as(model, call):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def by_place(graph: fx.Graph) -> bool:

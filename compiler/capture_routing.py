@@ -207,7 +207,7 @@ def between(base: Tensor, start: Any, stop: Any) -> Tensor:
 
 
 class Forced(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Where the first of all experts are chosen for every token, or the last."""
+    """Where every choice is of the first expert for all tokens, or of the last."""
 
     def __init__(self, last: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -216,21 +216,19 @@ class Forced(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is aten.argmax.default and len(args) > 1:
-            return torch.full_like(result, args[0].shape[args[1]] - 1 if self._last else 0)
+            return self._chosen(result, args[0].shape[args[1]])
         if func is not aten.topk.default:
             return result
-        given, axis = args[0], args[2] if len(args) > 2 else -1
-        count, size = result[1].shape[axis], given.shape[axis]
-        chosen = torch.arange(count, device=given.device)
-        shape = [1] * given.dim()
-        shape[axis] = count
-        chosen = (size - 1 - chosen if self._last else chosen).view(shape)
-        places = chosen.expand_as(result[1]).contiguous()
-        return given.gather(axis, places), places
+        axis = args[2] if len(args) > 2 else -1
+        places = self._chosen(result[1], args[0].shape[axis])
+        return args[0].gather(axis, places), places
+
+    def _chosen(self, places: Tensor, count: int) -> Tensor:
+        return torch.full_like(places, count - 1 if self._last else 0)
 
 
 def check_routing(model: nn.Module, inputs: Mapping[str, Any], exported: ExportedProgram) -> None:
-    """Compare with eager where some experts have no tokens at all, and others have them all.
+    """Compare with eager where one expert has all tokens, and the others have none.
 
     Raises:
         UnsupportedError: it differs, so what is done for no tokens is not nothing.

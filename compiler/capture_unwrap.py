@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -156,6 +156,13 @@ def by_name(model: nn.Module) -> Iterator[None]:
         return forward(*given.args, **given.kwargs)
 
     call.__signature__ = named  # type: ignore[attr-defined]
+    with forward_as(model, call):
+        yield
+
+
+@contextmanager
+def forward_as(model: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
+    """Where a module's forward is another."""
     own = vars(model).get("forward")
     model.forward = call
     try:

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.overrides import _get_current_function_mode_stack
 
 from effuse.capture import capture
+from effuse.errors import CaptureError
 from effuse.pass_manager import run_passes
 from effuse.passes import Canonicalize
 from effuse.program import run_program
@@ -126,3 +128,14 @@ def test_functions_of_one_row_applied_to_all_are_ordinary_ops():
     verify(program)
     other = torch.randn(3, 5)
     torch.testing.assert_close(run_program(program, {"sample": other})[0], Mapped()(other))
+
+
+def test_a_capture_that_fails_leaves_no_mode_behind():
+    class Failing(nn.Module):
+        def forward(self, sample: Tensor) -> Tensor:
+            return sample * 2 if sample.mean() > 0 else sample
+
+    before = _get_current_function_mode_stack()
+    with pytest.raises(CaptureError):
+        capture(Failing().eval(), {"sample": torch.randn(3, 5)})
+    assert _get_current_function_mode_stack() == before
