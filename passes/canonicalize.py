@@ -72,7 +72,6 @@ def canonical(part: Part, weights: WeightStore, log: Log) -> Part:
     graph, _ = clone(part.graph)
     views(graph, log)
     named_paddings(graph, log)
-    images_of_rows(graph, weights, log)
     for node in calls(graph):
         for name, replacement in SIMPLIFICATIONS:
             new = replacement(node)
@@ -82,6 +81,8 @@ def canonical(part: Part, weights: WeightStore, log: Log) -> Part:
     sizes_from_inputs(graph, log)
     merge_duplicates(graph, log)
     fold_constants(graph, weights, log)
+    images_of_rows(graph, weights, log)  # of weights that were computed of weights as well
+    merge_duplicates(graph, log)
     dead = eliminate(graph)
     if dead:
         log.rewrites["dead"] += dead
@@ -102,26 +103,36 @@ NAMED_PADDINGS: dict[Any, Any] = {
 
 
 def named_paddings(graph: fx.Graph, log: Log) -> None:
-    """conv(…, "same") and conv(…, "valid") -> with numbers, where both sides have as many.
+    """conv(…, "same") and conv(…, "valid") -> with numbers, the odd one padded at the end before.
 
-    Every later pass knows the op with numbers, to which torch itself turns them.
+    Every later pass knows the op with numbers, to which torch itself turns them in this way.
     """
     for node in calls(graph, *NAMED_PADDINGS):
-        named = node.target._schema.arguments  # type: ignore[union-attr]
-        given: Any = [*node.args, *(each.default_value for each in named[len(node.args) :])]
-        given = [
-            node.kwargs.get(each.name, value) for each, value in zip(named, given, strict=True)
-        ]
-        sizes = value_of(given[1]).shape[2:]
-        strides, dilations = (_each(given[place], len(sizes)) for place in (3, 5))
-        total = [step * (size - 1) for step, size in zip(dilations, sizes, strict=True)]
-        total = [0] * len(sizes) if given[4] == "valid" else total
-        if all(amount % 2 == 0 for amount in total) and log.spend("padding"):
-            pads = [amount // 2 for amount in total]
+        if log.spend("padding"):
             with graph.inserting_before(node):
-                new = emit(graph, NAMED_PADDINGS[node.target], *given[:3], strides, pads, dilations,
-                           given[6], like=node)  # fmt: skip
-            substitute(node, new)
+                substitute(node, _padded(graph, node))
+
+
+def _padded(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    x, weight, bias, stride, name, dilation, groups = _given(node)
+    sizes = value_of(weight).shape[2:]
+    strides, dilations = (_each(given, len(sizes)) for given in (stride, dilation))
+    total = [step * (size - 1) for step, size in zip(dilations, sizes, strict=True)]
+    total = [0] * len(sizes) if name == "valid" else total
+    if any(amount % 2 for amount in total):
+        ends = [end for amount in reversed(total) for end in (0, amount % 2)]
+        x = _of_operands(graph, x, aten.constant_pad_nd.default, ends, 0.0)
+    pads = [amount // 2 for amount in total]
+    options = (strides, pads, dilations, groups)
+    made = emit(graph, NAMED_PADDINGS[node.target], x, weight, bias, *options, like=node)
+    return made  # type: ignore[no-any-return]
+
+
+def _given(node: fx.Node) -> list[Any]:
+    """All arguments of a call in their places, defaults filled in."""
+    named = node.target._schema.arguments  # type: ignore[union-attr]
+    placed: Any = [*node.args, *(each.default_value for each in named[len(node.args) :])]
+    return [node.kwargs.get(each.name, value) for each, value in zip(named, placed, strict=True)]
 
 
 def _each(given: Any, count: int) -> list[int]:
@@ -151,7 +162,8 @@ def _image(graph: fx.Graph, node: fx.Node, weights: WeightStore) -> fx.Node:
     options = [[first, *each] if isinstance(each, list) else each
                for each, first in zip(rest, (1, 0, 1), strict=False)]  # fmt: skip
     options += rest[3:]
-    made = emit(graph, aten.conv2d.default, _row(graph, x), stored, bias, *options, like=node)
+    image = _of_operands(graph, x, aten.unsqueeze.default, -2)
+    made = emit(graph, aten.conv2d.default, image, stored, bias, *options, like=node)
     found: fx.Node = emit(graph, aten.squeeze.dim, made, -2, like=node)
     return found
 
@@ -160,11 +172,12 @@ def _as_row(weight: torch.Tensor) -> torch.Tensor:
     return weight.unsqueeze(-2)
 
 
-def _row(graph: fx.Graph, x: Any) -> Any:
-    """x as an image of one row."""
+def _of_operands(graph: fx.Graph, x: Any, target: Any, *args: Any) -> Any:
+    """A call on x; of channels that are concatenated, on each operand: later passes see them."""
     if x.target is aten.cat.default and x.args[1:] == (1,) and len(x.users) == 1:
-        return emit(graph, aten.cat.default, [_row(graph, each) for each in x.args[0]], 1, like=x)
-    return emit(graph, aten.unsqueeze.default, x, -2, like=x)
+        each = [_of_operands(graph, operand, target, *args) for operand in x.args[0]]
+        return emit(graph, aten.cat.default, each, 1, like=x)
+    return emit(graph, target, x, *args, like=x)
 
 
 def identity(node: fx.Node) -> Any:

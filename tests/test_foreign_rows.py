@@ -130,10 +130,11 @@ class Padded(nn.Module):
         self.valid = nn.Conv2d(4, 4, 3, stride=2, padding="valid", bias=False)
         self.volume = nn.Conv3d(4, 4, 3, padding="same")
         self.uneven = nn.Conv2d(4, 4, 2, padding="same")
+        self.uneven_row = nn.Conv1d(4, 4, 4, padding="same", dilation=3)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (self.row(x.flatten(2)), self.image(x), self.valid(x), self.volume(x[..., None]),
-                self.uneven(x))  # fmt: skip
+                self.uneven(x), self.uneven_row(x.flatten(2)))  # fmt: skip
 
 
 def test_paddings_by_name_are_numbers_to_the_bit() -> None:
@@ -145,7 +146,38 @@ def test_paddings_by_name_are_numbers_to_the_bit() -> None:
     for one, other in zip(run_program(found, found.examples), captured.expected, strict=True):
         assert torch.equal(one, other)
     named = (aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)
-    assert count(found, *named) == 1  # the uneven one
-    assert count(found, aten.conv2d.default) == 3 and count(found, aten.conv3d.default) == 1
+    assert count(found, *named) == 0 and count(found, aten.constant_pad_nd.default) == 2
+    assert count(found, aten.conv2d.default) == 5 and count(found, aten.conv3d.default) == 1
     again = run_passes(found, (Canonicalize(),))
-    assert count(again, *named) == 1 and not again.records[-1].rewrites.get("padding")
+    assert not again.records[-1].rewrites
+
+
+class Normed(nn.Module):
+    """Rows under weights that are computed of weights, one of them padded unevenly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        norm = nn.utils.parametrizations.weight_norm
+        self.first, self.last = norm(nn.Conv1d(4, 8, 3, padding=1)), norm(nn.Conv1d(8, 4, 1))
+        self.mid = norm(nn.Conv1d(8, 8, 4, padding="same"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(F.silu(self.mid(F.silu(self.first(x)))))
+
+
+def test_rows_under_normed_weights_are_quantized() -> None:
+    torch.manual_seed(1)
+    model = Normed().eval().requires_grad_(False)
+    plain = run_passes(capture(model, {"x": torch.randn(2, 4, 16)}), (Canonicalize(),))
+    assert count(plain, aten.conv1d.default) == 0
+    assert run_passes(plain, (Canonicalize(),)).records[-1].rewrites == {}
+
+    def measured(current: Program) -> Calibration:
+        return calibrate(current, [current.examples], layer_values)
+
+    found = run_passes(plain, (Quantize(min_sqnr_db=0),), measured)
+    assert {each.name: each.reason for each in found.layers} == {
+        "first": "first layer", "mid": "", "last": "last layer",
+    }  # fmt: skip
+    assert 30 < sqnr_db(outputs(plain).numpy(), outputs(found).numpy()) < 100

@@ -385,8 +385,8 @@ def test_a_concatenation_inside_of_an_operand_is_found_in_the_same_run():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("size", "named"), [(3, 0), (4, 2)])  # 4: uneven, as numbers cannot say
-def test_padding_by_name_is_a_convolution_too(size, named):
+@pytest.mark.parametrize(("size", "padded"), [(3, 0), (4, 2)])  # 4: one more at the end
+def test_padding_by_name_is_a_convolution_too(size, padded):
     def function(net, sample):
         return net.shortcut(torch.cat([net.deep(sample), sample], dim=1))
 
@@ -394,8 +394,9 @@ def test_padding_by_name_is_a_convolution_too(size, named):
     result = split(program_of(function, deep=conv(4, 2), shortcut=same))
     assert rewrites(result) == 1
     graph = result.parts[0].graph
-    assert len(calls(graph, aten.conv2d.padding)) == named
-    assert len(calls(graph, aten.conv2d.default)) == 3 - named
+    assert not calls(graph, aten.conv2d.padding, aten.cat.default)
+    assert len(calls(graph, aten.constant_pad_nd.default)) == padded
+    assert len(calls(graph, aten.conv2d.default)) == 3
 
 
 @settings(max_examples=15, deadline=None)
