@@ -54,7 +54,7 @@ def linear_dynamic(x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
     return y if bias is None else op.Add(y, bias)
 
 
-def conv2d_dynamic(
+def conv_dynamic(
     x: Any,
     weight: Any,
     scale: Any,
@@ -64,7 +64,7 @@ def conv2d_dynamic(
     dilation: Any,
     groups: int,
 ) -> Any:
-    """effuse::conv2d_dynamic."""
+    """effuse::conv2d_dynamic and conv3d_dynamic."""
     steps, step, zero = op.DynamicQuantizeLinear(x)
     sums = op.ConvInteger(
         steps,
@@ -75,12 +75,12 @@ def conv2d_dynamic(
         dilations=list(dilation),
         group=groups,
     )
-    axes = op.Constant(value_ints=[1, 2])
+    axes = op.Constant(value_ints=list(range(1, len(padding) + 1)))
     y = op.Mul(op.Cast(sums, to=FLOAT), op.Unsqueeze(op.Mul(step, scale), axes))
     return y if bias is None else op.Add(y, op.Unsqueeze(bias, axes))
 
 
-def conv2d_integer(
+def conv_integer(
     q: Any,
     scale: Any,
     zero: Any,
@@ -94,7 +94,7 @@ def conv2d_integer(
     dilation: Any,
     groups: int,
 ) -> Any:
-    """effuse::conv2d_integer."""
+    """effuse::conv2d_integer and conv3d_integer."""
     zeros = op.CastLike(op.Sub(weight_scale, weight_scale), weight)  # one for each channel
     return op.QLinearConv(
         q,
@@ -198,14 +198,16 @@ TRANSLATIONS: dict[Any, Any] = {
     ops.attention.default: attention,
     ops.quantize.default: quantize,
     ops.dequantize.default: dequantize,
-    ops.conv2d_integer.default: conv2d_integer,
+    ops.conv2d_integer.default: conv_integer,
+    ops.conv3d_integer.default: conv_integer,
     ops.linear_integer.default: linear_integer,
     ops.linear_nbits.default: linear_nbits,
     ops.widen.default: widen,
     ops.project.default: project,
     ops.project_conv.default: project_conv,
     ops.linear_dynamic.default: linear_dynamic,
-    ops.conv2d_dynamic.default: conv2d_dynamic,
+    ops.conv2d_dynamic.default: conv_dynamic,
+    ops.conv3d_dynamic.default: conv_dynamic,
 }
 
 

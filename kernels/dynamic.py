@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from effuse.cost import FORMULAS, conv_flops, matmul_flops
-from effuse.kernels.quantize import along
+from effuse.kernels.quantize import along, convolve
 
 
 def dynamic_range(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,7 +40,7 @@ def linear_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | No
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def conv2d_reference(
+def conv_reference(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -50,14 +50,16 @@ def conv2d_reference(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """x (n, in, h, w), weight int8 (out, in/groups, kh, kw), scale (out,) -> (n, out, h', w')."""
+    """x (n, in, h, w), weight int8 (out, in/groups, kh, kw), scale (out,) -> (n, out, h', w').
+
+    Of a video, x is (n, in, frames, h, w) and the weight (out, in/groups, kt, kh, kw).
+    """
     steps, step = centred(x)
-    sums = torch.nn.functional.conv2d(
-        steps, weight.double(), None, stride, padding, dilation, groups
-    )
-    dims = sums.dim()  # 3 without a batch
-    y = sums.float() * along(step * scale.float(), dims, dims - 3)
-    return (y if bias is None else y + along(bias.float(), dims, dims - 3)).to(x.dtype)
+    sums = convolve(steps, weight.double(), stride, padding, dilation, groups)
+    dims = sums.dim()
+    axis = dims + 1 - weight.dim()  # 0 without a batch
+    y = sums.float() * along(step * scale.float(), dims, axis)
+    return (y if bias is None else y + along(bias.float(), dims, axis)).to(x.dtype)
 
 
 @torch.library.custom_op("effuse::linear_dynamic", mutates_args=())
@@ -71,8 +73,7 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.custom_op("effuse::conv2d_dynamic", mutates_args=())
-def conv2d_dynamic(
+def conv_dynamic(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -82,13 +83,12 @@ def conv2d_dynamic(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """`conv2d_reference` as a graph op; its result is contiguous."""
-    y = conv2d_reference(x, weight, scale, bias, stride, padding, dilation, groups)
+    """`conv_reference` as a graph op; its result is contiguous."""
+    y = conv_reference(x, weight, scale, bias, stride, padding, dilation, groups)
     return y.contiguous()
 
 
-@conv2d_dynamic.register_fake
-def _(
+def _conv_shape(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -99,9 +99,12 @@ def _(
     groups: int,
 ) -> Tensor:
     float_weight = torch.empty_like(weight, dtype=x.dtype)
-    y = torch.nn.functional.conv2d(x, float_weight, None, stride, padding, dilation, groups)
+    y = convolve(x, float_weight, stride, padding, dilation, groups)
     return torch.empty_like(y, memory_format=torch.contiguous_format)
 
 
 FORMULAS[linear_dynamic._opoverload.overloadpacket] = matmul_flops
-FORMULAS[conv2d_dynamic._opoverload.overloadpacket] = conv_flops
+for _name in ("conv2d_dynamic", "conv3d_dynamic"):
+    _op = torch.library.custom_op(f"effuse::{_name}", conv_dynamic, mutates_args=())
+    _op.register_fake(_conv_shape)
+    FORMULAS[_op._opoverload.overloadpacket] = conv_flops

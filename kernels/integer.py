@@ -1,7 +1,7 @@
 """Convolution and linear in integers, on activations quantized before.
 
     y = Σ_k (q_k - z) · w_ck + b_c        sums exact in integers (float64 holds them here)
-    conv2d:  clamp(round(y · s · t_c / s') + z', 0, 255)        uint8, as ONNX's QLinearConv
+    conv:    clamp(round(y · s · t_c / s') + z', 0, 255)        uint8, as ONNX's QLinearConv
     linear:  y · s · t_c + b_c                                  float32, as its MatMulInteger
 
 Activations uint8 under one scale s, which may be a graph's value (looked up by step); weights int8
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from effuse.cost import FORMULAS, conv_flops, matmul_flops
-from effuse.kernels.quantize import along
+from effuse.kernels.quantize import along, convolve
 
 
-def conv2d_integer_reference(
+def conv_integer_reference(
     q: Tensor,
     scale: Tensor,
     zero: Tensor,
@@ -32,13 +32,11 @@ def conv2d_integer_reference(
     groups: int,
 ) -> Tensor:
     """q uint8 (n, in, h, w), weight int8 (out, in/groups, kh, kw), bias int32 (out,) at the scale
-    of the products -> uint8 (n, out, h', w').
+    of the products -> uint8 (n, out, h', w'); of a video, three sizes for two.
     """
     centred = q.double() - zero.double()
-    sums = torch.nn.functional.conv2d(
-        centred, weight.double(), None, stride, padding, dilation, groups
-    )
-    axis = sums.dim() - 3
+    sums = convolve(centred, weight.double(), stride, padding, dilation, groups)
+    axis = sums.dim() + 1 - weight.dim()
     if bias is not None:
         sums = sums + along(bias.double(), sums.dim(), axis)
     factor = scale.float() * weight_scale.float() / out_scale.float()
@@ -60,8 +58,7 @@ def linear_integer_reference(
     return y if bias is None else y + bias.float()
 
 
-@torch.library.custom_op("effuse::conv2d_integer", mutates_args=())
-def conv2d_integer(
+def conv_integer(
     q: Tensor,
     scale: Tensor,
     zero: Tensor,
@@ -75,15 +72,14 @@ def conv2d_integer(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """`conv2d_integer_reference` as a graph op."""
-    return conv2d_integer_reference(
+    """`conv_integer_reference` as a graph op."""
+    return conv_integer_reference(
         q, scale, zero, weight, weight_scale, bias, out_scale, out_zero, stride, padding, dilation,
         groups,
     ).contiguous()  # fmt: skip
 
 
-@conv2d_integer.register_fake
-def _(
+def _conv_shape(
     q: Tensor,
     scale: Tensor,
     zero: Tensor,
@@ -97,9 +93,7 @@ def _(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    y = torch.nn.functional.conv2d(
-        q.float(), weight.float(), None, stride, padding, dilation, groups
-    )
+    y = convolve(q.float(), weight.float(), stride, padding, dilation, groups)
     return torch.empty_like(y, dtype=torch.uint8, memory_format=torch.contiguous_format)
 
 
@@ -134,4 +128,7 @@ def _conv_flops(q: torch.Size, scale: object, zero: object, weight: torch.Size, 
 
 
 FORMULAS[linear_integer._opoverload.overloadpacket] = matmul_flops
-FORMULAS[conv2d_integer._opoverload.overloadpacket] = _conv_flops
+for _name in ("conv2d_integer", "conv3d_integer"):
+    _op = torch.library.custom_op(f"effuse::{_name}", conv_integer, mutates_args=())
+    _op.register_fake(_conv_shape)
+    FORMULAS[_op._opoverload.overloadpacket] = _conv_flops

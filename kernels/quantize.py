@@ -9,6 +9,8 @@ the semantics of ONNX's QuantizeLinear and DequantizeLinear.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,12 @@ def dequantize_reference(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int
     """The real values of `q`, in scale's dtype."""
     centred = q.to(torch.int32) - along(zero_point, q.dim(), axis).to(torch.int32)
     return centred.to(scale.dtype) * along(scale, q.dim(), axis)
+
+
+def convolve(x: Tensor, weight: Tensor, *options: Any) -> Tensor:
+    """x over a weight (out, in/groups, kh, kw) or (…, kd, kh, kw), without a bias."""
+    run = torch.nn.functional.conv3d if weight.dim() == 5 else torch.nn.functional.conv2d
+    return run(x, weight, None, *options)
 
 
 @torch.library.custom_op("effuse::quantize", mutates_args=())

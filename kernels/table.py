@@ -5,6 +5,8 @@ Op tests, the documentation of back ends, cost and fallback all read this one ta
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from effuse.kernels import (
@@ -27,6 +29,8 @@ from effuse.kernels import (
 )
 from effuse.kernels.op import Op, Sample
 from effuse.kernels.quantizers import find_scale, parse_quantizer
+
+SIZES = (4, 6, 5)  # of what is convolved: frames, height, width
 
 
 def _uniform(generator: torch.Generator, *shape: int) -> torch.Tensor:
@@ -64,14 +68,16 @@ def _linear_samples(g: torch.Generator) -> list[Sample]:
     ]
 
 
-def _conv_samples(g: torch.Generator) -> list[Sample]:
+def _conv_samples(g: torch.Generator, dims: int = 2) -> list[Sample]:
     scale = torch.rand(4, generator=g) * 0.01 + 0.001
-    bias = _uniform(g, 4)
+    bias, ones, zeros = _uniform(g, 4), [1] * dims, [0] * dims
     return [
-        (_uniform(g, 2, 3, 6, 5), _int8(g, 4, 3, 3, 3), scale, bias, [1, 1], [1, 1], [1, 1], 1),
-        (_uniform(g, 1, 4, 7, 7), _int8(g, 4, 2, 3, 3), scale, None, [2, 2], [0, 0], [1, 1], 2),
-        (_uniform(g, 1, 3, 4, 4), _int8(g, 4, 3, 1, 1), scale, bias, [1, 1], [0, 0], [1, 1], 1),
-    ]
+        (_uniform(g, 2, 3, *SIZES[-dims:]), _int8(g, 4, 3, *[3] * dims), scale, bias, ones, ones,
+         ones, 1),
+        (_uniform(g, 1, 4, *[7] * dims), _int8(g, 4, 2, *[3] * dims), scale, None, [2] * dims,
+         zeros, ones, 2),
+        (_uniform(g, 1, 3, *[4] * dims), _int8(g, 4, 3, *ones), scale, bias, ones, zeros, ones, 1),
+    ]  # fmt: skip
 
 
 def _unpack_samples(g: torch.Generator) -> list[Sample]:
@@ -176,15 +182,15 @@ def _linear_integer_samples(g: torch.Generator) -> list[Sample]:
     ]
 
 
-def _conv_integer_samples(g: torch.Generator) -> list[Sample]:
+def _conv_integer_samples(g: torch.Generator, dims: int = 2) -> list[Sample]:
     scale, zero, channels = _integer_scales(g, 4)
     out = (torch.tensor(0.3), torch.tensor(101, dtype=torch.uint8))
-    bias = torch.randint(-9999, 9999, (4,), generator=g, dtype=torch.int32)
-    options = ([1, 1], [1, 1], [1, 1], 1)
+    bias, ones = torch.randint(-9999, 9999, (4,), generator=g, dtype=torch.int32), [1] * dims
     return [
-        (_steps(g, 2, 3, 6, 5), scale, zero, _int8(g, 4, 3, 3, 3), channels, bias, *out, *options),
-        (_steps(g, 1, 4, 7, 7), scale, zero, _int8(g, 4, 2, 3, 3), channels, None, *out,
-         [2, 2], [0, 0], [1, 1], 2),
+        (_steps(g, 2, 3, *SIZES[-dims:]), scale, zero, _int8(g, 4, 3, *[3] * dims), channels, bias,
+         *out, ones, ones, ones, 1),
+        (_steps(g, 1, 4, *[7] * dims), scale, zero, _int8(g, 4, 2, *[3] * dims), channels, None,
+         *out, [2] * dims, [0] * dims, ones, 2),
     ]  # fmt: skip
 
 
@@ -218,8 +224,16 @@ GRAPH_OPS = (  # what passes write
     Op(
         "conv2d_dynamic",
         torch.ops.effuse.conv2d_dynamic.default,
-        dynamic.conv2d_reference,
+        dynamic.conv_reference,
         _conv_samples,
+        {"reference": "simulated", "onnx": "native"},
+        "DynamicQuantizeLinear and ConvInteger",
+    ),
+    Op(
+        "conv3d_dynamic",
+        torch.ops.effuse.conv3d_dynamic.default,
+        dynamic.conv_reference,
+        partial(_conv_samples, dims=3),
         {"reference": "simulated", "onnx": "native"},
         "DynamicQuantizeLinear and ConvInteger",
     ),
@@ -266,8 +280,16 @@ GRAPH_OPS = (  # what passes write
     Op(
         "conv2d_integer",
         torch.ops.effuse.conv2d_integer.default,
-        integer.conv2d_integer_reference,
+        integer.conv_integer_reference,
         _conv_integer_samples,
+        {"reference": "simulated", "onnx": "native"},
+        "QLinearConv, for scales that are looked up by step",
+    ),
+    Op(
+        "conv3d_integer",
+        torch.ops.effuse.conv3d_integer.default,
+        integer.conv_integer_reference,
+        partial(_conv_integer_samples, dims=3),
         {"reference": "simulated", "onnx": "native"},
         "QLinearConv, for scales that are looked up by step",
     ),

@@ -9,7 +9,8 @@ Source: deepcompressor `quantizer/kernel/gptq.py`; Frantar et al., GPTQ, 2023.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -78,34 +79,44 @@ class Hessian:
 
 def unfolded(
     x: Tensor,
-    kernel: tuple[int, int],
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
+    kernel: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
     values: int = 2**24,
 ) -> Iterator[Tensor]:
     """A convolution's inputs as a linear layer sees them, for groups = 1.
 
     Args:
-        x: (batch, channels, height, width).
-        kernel, stride, padding, dilation: of the convolution, (vertical, horizontal).
+        x: (batch, channels, height, width), or of videos (batch, channels, frames, height, width).
+        kernel, stride, padding, dilation: of the convolution, in the order of the sizes.
         values: about how many values one block holds at most.
 
     Yields:
-        (positions, channels · kernel height · kernel width), in the order of `weight.flatten(1)`;
-        an image or some of its rows at a time.
+        (positions, channels · sizes of the kernel), in the order of `weight.flatten(1)`; an image
+        or some of its rows (of a video, of its frames) at a time.
     """
-    reach = dilation[0] * (kernel[0] - 1) + 1
-    x = functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
-    high = (x.shape[2] - reach) // stride[0] + 1
-    width = (x.shape[3] - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
-    rows = max(1, values // (x.shape[1] * kernel[0] * kernel[1] * width))
-    for image in torch.split(x, 1):
+    spans = [step * (size - 1) + 1 for step, size in zip(dilation, kernel, strict=True)]
+    x = functional.pad(x, [end for amount in reversed(padding) for end in (amount, amount)])
+    sizes = zip(x.shape[2:], spans, stride, strict=True)
+    high, *others = ((size - span) // step + 1 for size, span, step in sizes)
+    rows = max(1, values // (x.shape[1] * math.prod(kernel) * math.prod(others)))
+    for image in x:
         for top in range(0, high, rows):
             last = min(top + rows, high) - 1
-            band = image[:, :, top * stride[0] : last * stride[0] + reach]
-            block = functional.unfold(band, kernel, dilation=dilation, stride=stride)
-            yield block[0].T
+            band = image[:, top * stride[0] : last * stride[0] + spans[0]]
+            yield _windows(band, spans, stride, dilation)
+
+
+def _windows(
+    image: Tensor, spans: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """The windows of an image (channels, …), (positions, channels · sizes of the kernel)."""
+    for axis, (span, step) in enumerate(zip(spans, stride, strict=True), start=1):
+        image = image.unfold(axis, span, step)
+    for axis, step in enumerate(dilation, start=len(spans) + 1):
+        image = image[(slice(None),) * axis + (slice(None, None, step),)]
+    return image.movedim(0, len(spans)).flatten(0, len(spans) - 1).flatten(1)
 
 
 def gptq(

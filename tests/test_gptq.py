@@ -212,6 +212,16 @@ def test_unfolded_inputs_times_the_flat_weight_are_the_convolution(options, valu
     assert torch.allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("values", [1, 10**6])
+def test_unfolded_videos_times_the_flat_weight_are_the_convolution(values):
+    x, weight = random(0, 2, 3, 5, 7, 6), random(1, 4, 3, 3, 1, 2)
+    options = {"stride": (1, 2, 1), "padding": (2, 0, 1), "dilation": (2, 1, 3)}
+    expected = functional.conv3d(x, weight, **options)
+    rows = torch.cat(list(unfolded(x, (3, 1, 2), **options, values=values))) @ weight.flatten(1).T
+    found = rows.unflatten(0, (2, *expected.shape[2:])).movedim(-1, 1)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
 def test_unfolding_is_done_by_rows_of_the_image():
     blocks = [len(block) for block in unfolded(torch.ones(2, 4, 10, 8), (3, 3), values=600)]
     assert blocks == [12] * 4 * 2  # 2 rows of 6 positions, 36 values each: 432 of 600

@@ -77,24 +77,29 @@ def linear_by_hand(x, weight, scale, bias):
     return y if bias is None else y + numpy_of(bias).astype(np.float64)
 
 
-def conv2d_by_hand(x, weight, scale, bias, stride, padding, dilation, groups):
+def conv_by_hand(x, weight, scale, bias, stride, padding, dilation, groups):
     steps, step = dynamic_steps_by_hand(x)
+    y = convolved_by_hand(steps, weight, stride, padding, dilation, groups)
+    shape = (1, -1, *[1] * len(stride))
+    y = y * (step * numpy_of(scale).astype(np.float64)).reshape(shape)
+    return y if bias is None else y + numpy_of(bias).astype(np.float64).reshape(shape)
+
+
+def convolved_by_hand(steps, weight, stride, padding, dilation, groups):
     weight = numpy_of(weight).astype(np.int64)
     steps = np.pad(steps, [(0, 0), (0, 0), *((each, each) for each in padding)])
-    out, per_group, rows, columns = weight.shape
-    spans = [dilation[0] * (rows - 1) + 1, dilation[1] * (columns - 1) + 1]
-    height, width = ((steps.shape[2 + a] - spans[a]) // stride[a] + 1 for a in (0, 1))
-    y = np.zeros((len(steps), out, height, width), dtype=np.int64)
+    out, per_group, *kernel = weight.shape
+    spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    sizes = zip(steps.shape[2:], spans, stride, strict=True)
+    y = np.zeros((len(steps), out, *((n - p) // s + 1 for n, p, s in sizes)), dtype=np.int64)
     for o in range(out):
         first = o // (out // groups) * per_group
-        for i in range(height):
-            for j in range(width):
-                top, left = i * stride[0], j * stride[1]
-                window = steps[:, first : first + per_group, top : top + spans[0] : dilation[0],
-                               left : left + spans[1] : dilation[1]]  # fmt: skip
-                y[:, o, i, j] = (window * weight[o]).sum(axis=(1, 2, 3))
-    y = y * (step * numpy_of(scale).astype(np.float64)).reshape(1, -1, 1, 1)
-    return y if bias is None else y + numpy_of(bias).astype(np.float64).reshape(1, -1, 1, 1)
+        for at in np.ndindex(y.shape[2:]):
+            starts = [i * s for i, s in zip(at, stride, strict=True)]
+            read = [slice(i, i + p, d) for i, p, d in zip(starts, spans, dilation, strict=True)]
+            window = steps[:, first : first + per_group, *read]
+            y[:, o, *at] = (window * weight[o]).sum(axis=tuple(range(1, window.ndim)))
+    return y
 
 
 def grid_by_hand(name):
@@ -211,16 +216,12 @@ def linear_integer_by_hand(q, scale, zero, weight, weight_scale, bias):
     return y if bias is None else y + numpy_of(bias)
 
 
-def conv2d_integer_by_hand(
-    q, scale, zero, weight, weight_scale, bias, out_scale, out_zero, *options
-):
-    steps = (q.long() - int(zero)).double()
-    stride, padding, dilation, groups = options
-    sums = torch.nn.functional.conv2d(
-        steps, weight.double(), None, stride, padding, dilation, groups
-    )
-    sums = sums.numpy() + (0 if bias is None else numpy_of(bias).reshape(1, -1, 1, 1))
-    factor = (scale * weight_scale / out_scale).double().numpy().reshape(1, -1, 1, 1)
+def conv_integer_by_hand(q, scale, zero, weight, weight_scale, bias, out_scale, out_zero, *options):
+    steps = numpy_of(q).astype(np.int64) - int(zero)
+    shape = (1, -1, *[1] * len(options[0]))
+    sums = convolved_by_hand(steps, weight, *options)
+    sums = sums + (0 if bias is None else numpy_of(bias).reshape(shape))
+    factor = (scale * weight_scale / out_scale).double().numpy().reshape(shape)
     return np.clip(np.rint(sums * factor) + int(out_zero), 0, 255).astype(np.int64)
 
 
@@ -232,13 +233,15 @@ BY_HAND = {
     "attention": attention_by_hand,
     "attention_log2": attention_log2_by_hand,
     "linear_integer": linear_integer_by_hand,
-    "conv2d_integer": conv2d_integer_by_hand,
+    "conv2d_integer": conv_integer_by_hand,
+    "conv3d_integer": conv_integer_by_hand,
     "unpack": unpack_by_hand,
     "fake_quantize": fake_quantize_by_hand,
     "quantize": quantize_by_hand,
     "dequantize": dequantize_by_hand,
     "linear_dynamic": linear_by_hand,
-    "conv2d_dynamic": conv2d_by_hand,
+    "conv2d_dynamic": conv_by_hand,
+    "conv3d_dynamic": conv_by_hand,
 }
 
 
@@ -388,19 +391,21 @@ def test_linear_of_any_shape(arguments):
 
 @st.composite
 def conv_arguments(draw):
+    dims = draw(st.integers(2, 3))
     groups = draw(st.integers(1, 2))
     per_group, out = draw(st.integers(1, 2)), groups * draw(st.integers(1, 2))
-    kernel = draw(st.lists(st.integers(1, 3), min_size=2, max_size=2))
-    stride, dilation = (draw(st.lists(st.integers(1, 2), min_size=2, max_size=2)) for _ in "ab")
-    padding = draw(st.lists(st.integers(0, 2), min_size=2, max_size=2))
+    each = {"min_size": dims, "max_size": dims}
+    kernel = draw(st.lists(st.integers(1, 3), **each))
+    stride, dilation = (draw(st.lists(st.integers(1, 2), **each)) for _ in "ab")
+    padding = draw(st.lists(st.integers(0, 2), **each))
     spans = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
-    extra = draw(st.lists(st.integers(0, 3), min_size=2, max_size=2))
+    extra = draw(st.lists(st.integers(0, 3), **each))
     seed = draw(seeds)
     size = [s + e for s, e in zip(spans, extra, strict=True)]
     x = drawn([draw(st.integers(1, 2)), groups * per_group, *size], seed)
     x = x + draw(st.sampled_from([-5.0, 0.0, 5.0]))
     if draw(st.booleans()):
-        x = x.to(memory_format=torch.channels_last)
+        x = x.to(memory_format=torch.channels_last if dims == 2 else torch.channels_last_3d)
     bias = drawn([out], seed + 1) if draw(st.booleans()) else None
     weight = int8s([out, per_group, *kernel], seed)
     return x, weight, drawn([out], seed).abs() + 1e-3, bias, stride, padding, dilation, groups
@@ -409,7 +414,8 @@ def conv_arguments(draw):
 @few
 @given(conv_arguments())
 def test_convolution_of_any_shape(arguments):
-    op = next(op for op in GRAPH_OPS if op.name == "conv2d_dynamic")
+    name = f"conv{arguments[0].dim() - 2}d_dynamic"
+    op = next(op for op in GRAPH_OPS if op.name == name)
     found = op.target(*arguments)
     assert torch.equal(found, op.reference(*arguments))
     agrees(found, op, arguments)
@@ -429,8 +435,9 @@ def test_activations_of_other_types_give_their_own_type(dtype):
         assert torch.equal(found, expected.to(dtype))
 
 
-def test_a_convolution_without_a_batch():
-    op = next(op for op in GRAPH_OPS if op.name == "conv2d_dynamic")
+@pytest.mark.parametrize("name", ["conv2d_dynamic", "conv3d_dynamic"])
+def test_a_convolution_without_a_batch(name):
+    op = next(op for op in GRAPH_OPS if op.name == name)
     for x, *rest in samples(op):
         found = op.target(x[0], *rest)
         assert torch.equal(found, op.target(x[:1], *rest)[0])
