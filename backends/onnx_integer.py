@@ -21,13 +21,17 @@ from effuse.kernels import integer as integer  # registers the ops
 from effuse.kernels import log2_attention as log2_attention
 from effuse.kernels import low_bit as low_bit
 from effuse.kernels.quantizers import Quantizer, parse_quantizer
-from effuse.passes.quantize_writer import conv_options
+from effuse.passes.quantize_sites import CONVS, SITES
+from effuse.passes.quantize_writer import options_of
 from effuse.weights import WeightStore, derive
 
 aten, ops = torch.ops.aten, torch.ops.effuse
 
 NATIVE = ("w8a8", "w4a16", "w4a8")  # formats that ONNX Runtime computes with
 STORED = ("w8a16",)  # and that it only reads from the file
+INTEGER: dict[Any, Any] = {
+    aten.conv2d.default: ops.conv2d_integer.default, aten.conv3d.default: ops.conv3d_integer.default
+}  # fmt: skip
 LEAST_GROUP = 16  # of MatMulNBits, whose groups are powers of two
 
 
@@ -36,7 +40,7 @@ def bind_integer_layers(graph: fx.Graph) -> None:
     for node in calls(graph, aten.linear.default):
         if looked_up(node.args[0]) and _stored(node.args[1]):
             _linear(graph, node)
-    for node in calls(graph, aten.conv2d.default):
+    for node in calls(graph, *CONVS):
         if looked_up(node.args[0]) and _stored(node.args[1]) and _requantized(node):
             _conv(graph, node)
 
@@ -71,13 +75,13 @@ def _linear(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _conv(graph: fx.Graph, node: fx.Node) -> None:
-    x, weight, bias, *rest = _arguments(node)
+    x, weight, bias = _arguments(node)[:3]
     steps = None if bias is None else bias.args[0]  # of dequantize(int32)
     out: Any = _requantized(node)
     with graph.inserting_before(out):
         new = emit(
-            graph, ops.conv2d_integer.default, *x.args[:3], *weight.args[:2], steps, *out.args[1:3],
-            *conv_options(rest), like=node,
+            graph, INTEGER[node.target], *x.args[:3], *weight.args[:2], steps, *out.args[1:3],
+            *options_of(node), like=node,
         )  # fmt: skip
     substitute(out, new)
 
@@ -144,7 +148,7 @@ def restore_weights(graph: fx.Graph) -> None:
     whose float kernel for 8 bits took 0.71 ms where float weights take 0.05 ((2, 384) x (384, 2304)
     on 2 cores), and 0.32 for 0.21 at 256 rows.
     """
-    for node in calls(graph, aten.conv2d.default, aten.linear.default):
+    for node in calls(graph, *SITES):
         weight: Any = node.args[1]
         if not _stored(weight) or _stored(node.args[0]):
             continue

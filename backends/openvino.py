@@ -36,6 +36,8 @@ from effuse.kernels.low_bit import widen_reference
 from effuse.kernels.quantizers import parse_quantizer
 from effuse.onnx_store import Store
 from effuse.openvino_run import EXTRA, Settings, open_session, write_settings
+from effuse.passes.quantize_sites import SITES
+from effuse.passes.quantize_writer import DYNAMIC
 from effuse.plan import ProgramSpec, factor_axes
 from effuse.program import Part, Program
 from effuse.runtime import Session
@@ -162,7 +164,7 @@ def lift_pairs(graph: fx.Graph) -> None:
 
 def store_widened(graph: fx.Graph, weights: WeightStore) -> None:
     """4-bit weights that meet 8-bit inputs, as int8: of computed ones it makes float32."""
-    for site in calls(graph, aten.conv2d.default, aten.linear.default):
+    for site in calls(graph, *SITES):
         if not all(each.target is ops.dequantize.default for each in site.args[:2]):  # type: ignore[union-attr]
             continue
         codes: Any = site.args[1].args[0]  # type: ignore[union-attr]
@@ -181,7 +183,7 @@ def unfit(graph: fx.Graph) -> str | None:
             f"{', '.join(NATIVE + STORED)}; or study this one with backend='reference'"
         )
     by_step = any(looked_up(node) for node in calls(graph, ops.dequantize.default))
-    if by_step or calls(graph, ops.linear_dynamic.default, ops.conv2d_dynamic.default):
+    if by_step or calls(graph, *DYNAMIC):
         when = "looked up by step" if by_step else "found at run time"
         return (
             f"ranges of 8-bit activations are {when}, and its integer kernels take stored ones "

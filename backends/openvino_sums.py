@@ -18,6 +18,7 @@ from torch import fx
 
 from effuse.backends.openvino_ranges import measured
 from effuse.graph import calls, clone, eliminate, substitute
+from effuse.passes.quantize_sites import CONVS
 from effuse.program import Part, Program, prune_weights
 
 aten, ops = torch.ops.aten, torch.ops.effuse
@@ -57,7 +58,7 @@ def _pairs(graph: fx.Graph) -> list[fx.Node]:
     rounded = [
         node
         for node in calls(graph, ops.dequantize.default)
-        if _is(node.args[0], ops.quantize.default) and _is(_layer(node), aten.conv2d.default)
+        if _is(node.args[0], ops.quantize.default) and _layer(node).target in CONVS
     ]
     return [node for node in rounded if _is(_layer(node).args[1], ops.dequantize.default)]
 

@@ -12,8 +12,9 @@ import torch
 from torch import fx
 
 from effuse.backends.onnx_half import halve
-from effuse.backends.tensorrt_lower import LAYERS, uncast
+from effuse.backends.tensorrt_lower import uncast
 from effuse.graph import calls, emit, emit_weight, substitute, value_of
+from effuse.passes.quantize_sites import SITES
 from effuse.weights import WeightStore
 
 aten, ops = torch.ops.aten, torch.ops.effuse
@@ -25,7 +26,7 @@ def halve_layers(graph: fx.Graph, weights: WeightStore) -> None:
     """Rewrite a graph of float32 in place, its quantized layers included."""
     halve(graph, weights)
     narrow = Narrow(graph, weights)
-    for site in calls(graph, *LAYERS):
+    for site in calls(graph, *SITES):
         if value_of(site).dtype is FLOAT:
             narrow.layer(site)
 

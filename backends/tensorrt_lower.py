@@ -38,13 +38,14 @@ from effuse.kernels import log2_attention as log2_attention
 from effuse.kernels import low_bit as low_bit
 from effuse.kernels.quantizers import Quantizer, parse_quantizer
 from effuse.metrics import sqnr_db
+from effuse.passes.quantize_sites import SITES
+from effuse.passes.quantize_writer import DYNAMIC
 from effuse.plan import STEP_INPUT
 from effuse.program import Part, Program, Record, prune_weights, run_program
 from effuse.weights import WeightStore, copied
 
 aten, ops = torch.ops.aten, torch.ops.effuse
 
-LAYERS = (aten.linear.default, aten.conv2d.default)
 INT8_HIGH = 127
 FORMATS = "w8a8, w8a16, w4a16, fp8 with activations='static', nvfp4"
 ACTIVATIONS = ("int8", "uint8", "e4m3")  # grids of which an engine's activations can be
@@ -77,7 +78,7 @@ def _adapted(part: Part, weights: WeightStore, counts: Counter[str]) -> Part:
     if missing := unsupported(graph):
         raise BackendError(f"tensorrt: {missing} (in the part {part.name!r})")
     writer = Writer(part.name, graph, weights, counts)
-    for site in calls(graph, *LAYERS):
+    for site in calls(graph, *SITES):
         writer.activation(site)
         writer.bias(site)
     writer.outputs()
@@ -109,7 +110,7 @@ def _record(program: Program, changed: Program, counts: Counter[str]) -> Record:
 
 def unsupported(graph: fx.Graph) -> str | None:
     """What of a graph TensorRT has nothing for, with the way out, or None."""
-    for node in calls(graph, ops.linear_dynamic.default, ops.conv2d_dynamic.default):
+    for node in calls(graph, *DYNAMIC):
         return (
             f"the layer {node.name!r} finds the range of its input at run time, and an engine's "
             "scales are constants; quantize with activations='static'"
@@ -160,7 +161,7 @@ def _layers_of(node: fx.Node) -> list[fx.Node]:
 
 
 def _is_layer(node: fx.Node) -> bool:
-    return node.target in LAYERS
+    return node.target in SITES
 
 
 def weight_only(site: fx.Node) -> bool:

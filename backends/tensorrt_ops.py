@@ -32,6 +32,7 @@ from effuse.kernels.grids import decode
 from effuse.kernels.low_bit import unpack_reference, widen_reference
 from effuse.kernels.quantize import dequantize_reference
 from effuse.kernels.quantizers import parse_quantizer
+from effuse.passes.quantize_sites import CONVS
 from effuse.weights import WeightStore
 
 aten, ops = torch.ops.aten, torch.ops.effuse
@@ -58,7 +59,7 @@ def unpack(codes: Any, scale: Any, zero: Any, over: Any, quantizer: str, shape: 
         return op.DequantizeLinear(codes, blocks, axis=1, block_size=how.group)
     if how.group:
         return op.DequantizeLinear(codes, scale, axis=0, block_size=how.group)
-    return op.DequantizeLinear(codes, scale, axis=0 if len(shape) == 4 else 1)
+    return op.DequantizeLinear(codes, scale, axis=0 if len(shape) > 2 else 1)
 
 
 TRANSLATIONS: dict[Any, Any] = {
@@ -87,7 +88,7 @@ def prepare(graph: fx.Graph, weights: WeightStore, half: bool = False) -> None:
         layout.zero(node)
     for node in calls(graph, aten.linear.default):
         layout.linear(node)
-    for node in calls(graph, aten.conv2d.default):
+    for node in calls(graph, *CONVS):
         layout.convolution(node)
     eliminate(graph)
 
@@ -122,7 +123,7 @@ class Layout:
         substitute(site, new)
 
     def convolution(self, site: fx.Node) -> None:
-        """conv2d(x, dequantize(W)): stored in 8 bits if x is, else in float."""
+        """conv(x, dequantize(W)): stored in 8 bits if x is, else in float."""
         weight = uncast(site.args[1])
         if weight.target not in (ops.dequantize.default, ops.unpack.default):
             return

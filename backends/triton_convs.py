@@ -31,7 +31,8 @@ from effuse.backends.triton_match import (
     unwidened,
 )
 from effuse.graph import emit, value_of
-from effuse.passes.quantize_writer import conv_options
+from effuse.passes.quantize_sites import VOLUME
+from effuse.passes.quantize_writer import options_of
 
 CONV, NORM = ops.conv2d_scaled.default, ops.group_norm_act.default
 INNERMOST = [0, 2, 3, 1]  # (o, c, h, w) -> (o, h, w, c)
@@ -46,9 +47,11 @@ def conv(edit: Editor, node: fx.Node) -> Found:
     weight, read = weight_of(edit, w), activation_of(x)
     if isinstance(weight, str):
         return weight
-    stride, padding, dilation, groups = conv_options(rest[1:])
+    stride, padding, dilation, groups = options_of(node)
     if read.text != STATIC or not weight.text.startswith("int"):
         return f"no kernel takes weights {weight.text} beside activations {read.text}"
+    if node.target is VOLUME:
+        return "a three-dimensional convolution"
     if reason := _unfit(node, read.source, dilation, groups):
         return reason
     codes, scale, zero, _ = given(read.call)

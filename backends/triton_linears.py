@@ -33,7 +33,6 @@ from effuse.kernels.quantizers import parse_quantizer
 from effuse.kernels.rows import TAKEN
 
 STATIC, FLOAT = "static", "float"
-DYNAMIC = (ops.linear_dynamic.default, ops.conv2d_dynamic.default)
 INT8, E4M3 = "int8/channel", "e4m3/channel"
 TOKEN, E4M3_TOKEN = "int8/token/dynamic", "e4m3/token/dynamic"
 FLOAT4 = ("e2m1/group16/scale-e4m3", "e2m1/group32/scale-e8m0")
@@ -139,7 +138,7 @@ def linear(edit: Editor, node: fx.Node) -> Found:
 
 
 def dynamic(edit: Editor, node: fx.Node) -> Found:
-    """linear_dynamic and conv2d_dynamic stay: no kernel finds one scale over a whole tensor."""
+    """Layers of ranges found at run time stay: no kernel finds one scale over a whole tensor."""
     return "one scale over the whole input, found at run time"
 
 

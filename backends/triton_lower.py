@@ -21,6 +21,8 @@ from effuse.backends.triton_match import Editor, Found, Rule, aten, ops, plain_c
 from effuse.errors import BackendError
 from effuse.graph import calls, clone, eliminate
 from effuse.log import Log
+from effuse.passes.quantize_sites import CONVS
+from effuse.passes.quantize_writer import DYNAMIC
 from effuse.plan import factor_axes
 from effuse.program import Program, prune_weights
 from effuse.verify import verify
@@ -36,8 +38,8 @@ STAGES: tuple[Stage, ...] = (
     ),
     (
         Rule("linear", (aten.linear.default,), linears.linear),
-        Rule("conv", (aten.conv2d.default,), convs.conv),
-        Rule("dynamic", linears.DYNAMIC, linears.dynamic),
+        Rule("conv", CONVS, convs.conv),
+        Rule("dynamic", DYNAMIC, linears.dynamic),
     ),
     # beside codes; D goes before smoothing, whose product it reads
     (Rule("down", (ops.project.default,), producers.down),),

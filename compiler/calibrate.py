@@ -20,7 +20,13 @@ from effuse.statistics import RANGES_ONLY, Calibration, Needs, Probes, Statistic
 from effuse.step_groups import group_of
 from effuse.watch import Watch
 
-LAYERS = (torch.ops.aten.linear.default, torch.ops.aten.conv2d.default)
+aten = torch.ops.aten
+
+LAYERS = {  # the layers, and the axis of their channels, from the end
+    aten.linear.default: -1, aten.conv2d.default: -3, aten.conv3d.default: -4,
+    aten.conv_transpose1d.default: -2, aten.conv_transpose2d.input: -3,
+    aten.conv_transpose3d.input: -4,
+}  # fmt: skip
 PROBES = 4  # whole input sets kept for measuring layers, spread over the run
 
 Feed = Callable[[Any], None] | Iterable[Mapping[str, Any]] | None
@@ -110,10 +116,10 @@ class Recorder(Watch):
 
 
 def channel_axis(node: fx.Node) -> int:
-    """Where the channels of an activation are: -3 beside convolutions and in images, else -1."""
-    kinds = [each.target for each in (node, *node.users) if each.target in LAYERS]
-    if kinds:
-        return -3 if kinds[0] is torch.ops.aten.conv2d.default else -1
+    """Where the channels of an activation are: as beside it, -3 in images, else -1."""
+    beside = [LAYERS[each.target] for each in (node, *node.users) if each.target in LAYERS]
+    if beside:
+        return beside[0]
     value = node.meta.get("val")
     return -3 if isinstance(value, torch.Tensor) and value.dim() == 4 else -1
 

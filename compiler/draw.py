@@ -28,6 +28,8 @@ Counts = tuple[int, ...]  # by step
 
 aten = torch.ops.aten
 
+CONVS = (aten.conv2d.default, aten.conv3d.default)
+LAYERS = (aten.linear.default, *CONVS)
 MEAN, STD = 0.4, 0.4  # of the drawn timestep, as shares of the schedule, in PTQ4DM's runs
 VARIETY = 1.2  # EDA-DM's λ for CIFAR and ImageNet
 SAME = 1e-9  # features that differ less are the same but for rounding
@@ -196,14 +198,13 @@ def find_bottleneck(part: Part, program: Program) -> fx.Node:
 
 def _readers(node: fx.Node) -> set[Any]:
     """The kinds of layer that read the node as their input."""
-    layers = (aten.linear.default, aten.conv2d.default)
-    return {each.target for each in node.users if each.target in layers and each.args[0] is node}
+    return {each.target for each in node.users if each.target in LAYERS and each.args[0] is node}
 
 
 def _area(node: fx.Node) -> int | None:
-    """The spatial size of what a layer reads, if it is an image."""
+    """The spatial size of what a layer reads, if it is an image or a video."""
     shape: Sequence[Any] = value_of(node).shape
-    if len(shape) != 4:
+    if len(shape) not in (4, 5):
         return None
-    sides = shape[2:] if aten.conv2d.default in _readers(node) else shape[1:3]
+    sides = shape[2:] if _readers(node) & set(CONVS) else shape[1:-1]
     return prod(int(size.node.hint if isinstance(size, torch.SymInt) else size) for size in sides)

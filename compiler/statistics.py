@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 
@@ -11,6 +12,7 @@ from effuse.errors import CalibrationError
 from effuse.ranges import SETTERS, Histogram, Range, Rounding, extremes
 
 Key = tuple[str, str]  # part, node
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,15 @@ class Statistics:
             self.calls + other.calls,
         )
 
+    def lent(self, lent: Mapping[Key, Key]) -> Statistics:
+        """With what was seen of one value known of another too: new key -> known key."""
+        return replace(
+            self,
+            ranges=_with(self.ranges, lent),
+            histograms=_with(self.histograms, lent),
+            channels=_with(self.channels, lent),
+        )
+
     def _ranges(self, key: Key) -> Ranges:
         return self.ranges.get(key, Ranges.empty(self.groups))
 
@@ -208,6 +219,10 @@ class Statistics:
                 "ask for them: needs = Needs(histograms=True)"
             )
         return SETTERS[setter](self.histogram(key, group), rounding)
+
+
+def _with(seen: Mapping[Key, V], lent: Mapping[Key, Key]) -> dict[Key, V]:
+    return {**seen, **{own: seen[known] for own, known in lent.items() if known in seen}}
 
 
 def _merged_histograms(

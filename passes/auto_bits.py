@@ -32,7 +32,7 @@ from effuse.passes.layer_options import Choices, drop_broken, drop_losers, tabul
 from effuse.passes.lone_layer import FLOAT, written
 from effuse.passes.options import check_choice, check_sequence
 from effuse.passes.quantize import QUANTIZED
-from effuse.passes.quantize_sites import sites
+from effuse.passes.quantize_sites import kept, sites
 from effuse.passes.slow_layers import Slow, slow_formats
 from effuse.plan import Rate
 from effuse.program import Part, Program
@@ -170,7 +170,9 @@ class Job:
         table.append([self._rest(table, slow.saved, step)])
         picked = self._solve(table)
         self._note(choices, table, picked, step)
-        assigned = {module_path(site): FLOAT for site in every if module_path(site)}
+        others = kept(self.part, self.program.weights)  # there is nothing to choose for them
+        paths = [module_path(site) for site in (*every, *others)]
+        assigned = {path: FLOAT for path in paths if path}
         for group, row, place in zip(choices.groups, table, picked, strict=False):
             assigned |= {module_path(site): row[place].format for site in group}
         return slow.formats | assigned

@@ -11,7 +11,7 @@ from effuse.graph import emit, emit_weight
 from effuse.kernels import low_rank as low_rank  # registers the ops
 from effuse.kernels.low_rank import BRANCH
 from effuse.passes.quantize_measure import with_branch
-from effuse.passes.quantize_writer import conv_options
+from effuse.passes.quantize_writer import options_of
 from effuse.weights import WeightStore
 
 aten, ops = torch.ops.aten, torch.ops.effuse
@@ -28,7 +28,7 @@ def emit_down(
         return made
     shape = site.args[1].meta["val"].shape  # type: ignore[union-attr]
     stored = emit_weight(graph, weights, name, matrix.reshape(-1, *shape[1:]))
-    stride, padding, dilation, _ = conv_options(site.args[3:])
+    stride, padding, dilation, _ = options_of(site)
     made = emit(graph, ops.project_conv.default, site.args[0], stored, stride, padding, dilation)
     return made
 

@@ -236,8 +236,8 @@ def predict(site: fx.Node, format: str, stored: int) -> float:
     integer, changed = False, 0
     if format != FLOAT:
         known = parse(format)
-        of_images = site.target is torch.ops.aten.conv2d.default
-        integer = (known.conv_activation if of_images else known.activation) is not None
+        convolves = site.target is not torch.ops.aten.linear.default
+        integer = (known.conv_activation if convolves else known.activation) is not None
         changed = moved if integer else prod(_shape(weight))
     throughput = INTEGER_OPS if integer else FLOAT_OPS
     return node_flops(site) / throughput + (stored + 4 * moved) / BANDWIDTH + changed / CHANGED

@@ -8,9 +8,7 @@ computes, so its layers read nearly the same values.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import TypeVar
 
 from torch import fx
 
@@ -18,8 +16,6 @@ from effuse.passes.quantize_sites import sites
 from effuse.program import Part, Program
 from effuse.statistics import Calibration, Key
 from effuse.weights import Weights
-
-V = TypeVar("V")
 
 
 def lend_ranges(program: Program, calibration: Calibration) -> tuple[Calibration, list[str]]:
@@ -36,13 +32,7 @@ def lend_ranges(program: Program, calibration: Calibration) -> tuple[Calibration
             names.append(part.name)
     if not names:
         return calibration, []
-    wider = replace(
-        statistics,
-        ranges=_with(statistics.ranges, lent),
-        histograms=_with(statistics.histograms, lent),
-        channels=_with(statistics.channels, lent),
-    )
-    return replace(calibration, statistics=wider), names
+    return replace(calibration, statistics=statistics.lent(lent)), names
 
 
 def pairs(part: Part, default: Part, weights: Weights) -> dict[Key, Key]:
@@ -66,7 +56,3 @@ def pairs(part: Part, default: Part, weights: Weights) -> dict[Key, Key]:
 
 def _weight(site: fx.Node) -> str:
     return str(site.args[1].target)  # type: ignore[union-attr]
-
-
-def _with(seen: Mapping[Key, V], lent: Mapping[Key, Key]) -> dict[Key, V]:
-    return {**seen, **{own: seen[known] for own, known in lent.items() if known in seen}}

@@ -24,8 +24,8 @@ from effuse.log import Log
 from effuse.passes.base import Pass, Work
 from effuse.passes.branch import emit_down, emit_up, factor_names
 from effuse.passes.quantize import QUANTIZED
-from effuse.passes.quantize_sites import sites
-from effuse.passes.quantize_writer import conv_options
+from effuse.passes.quantize_sites import VOLUME, sites
+from effuse.passes.quantize_writer import options_of
 from effuse.passes.rounded import weight_name
 from effuse.plan import Adapter
 from effuse.program import Part, Program
@@ -103,7 +103,9 @@ class Lora(Pass):
         site = uses[0]
         if site.target is aten.linear.default:
             return None
-        if conv_options(site.args[3:])[3] != 1:
+        if site.target is VOLUME:
+            return "a three-dimensional convolution"
+        if options_of(site)[3] != 1:
             return "a grouped convolution"
         kernel = value_of(site.args[1]).shape[2:]  # type: ignore[arg-type]
         wide = any(size != 1 for size in kernel) and not self.convolutions

@@ -29,6 +29,7 @@ from effuse.passes.branch import emit_down, emit_up
 from effuse.passes.low_rank_factors import Factors, decompose, metric_of
 from effuse.passes.quantize_sites import (
     SITES,
+    VOLUME,
     Recipe,
     first_layers,
     last_layers,
@@ -36,7 +37,7 @@ from effuse.passes.quantize_sites import (
     recipe,
     sites,
 )
-from effuse.passes.quantize_writer import conv_options
+from effuse.passes.quantize_writer import options_of
 from effuse.passes.resume import Store, key_of
 from effuse.passes.rounded import hessians_by_chunk, weight_name
 from effuse.plan import Rate
@@ -145,7 +146,9 @@ class LowRank(Pass):
             return reason
         if site in edges:
             return "the first or the last layer"
-        if site.target is not aten.linear.default and conv_options(site.args[3:])[3] != 1:
+        if site.target is VOLUME:
+            return "a three-dimensional convolution"
+        if site.target is not aten.linear.default and options_of(site)[3] != 1:
             return "a grouped convolution"
         return misfit(site, self._recipe(site, part.rate))
 

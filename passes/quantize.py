@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import fx
@@ -29,7 +29,7 @@ from effuse.passes.base import Pass, Work
 from effuse.passes.lent_ranges import lend_ranges
 from effuse.passes.quantize_measure import Quality, measure
 from effuse.passes.quantize_sites import (
-    KEPT,
+    KINDS,
     Recipe,
     first_layers,
     kept,
@@ -37,24 +37,25 @@ from effuse.passes.quantize_sites import (
     misfit,
     recipe,
     sites,
+    stored,
 )
-from effuse.passes.quantize_writer import Rounded, Writer
+from effuse.passes.quantize_writer import DYNAMIC, Rounded, Writer
 from effuse.passes.reconstruct import Recipe as Learning
 from effuse.passes.reconstruct_units import rounded_by_reconstruction
 from effuse.passes.rounded import rounded_by_gptq, searched, weight_name
 from effuse.passes.scores import quantize_scores
+from effuse.passes.transposed import Turned, turned, unfit
 from effuse.plan import STEP_INPUT, Depends, Rate
 from effuse.program import Layer, Part, Program, prune_weights
 from effuse.statistics import Calibration, Needs, Statistics
 from effuse.step_groups import planned_groups
-from effuse.weights import WeightStore, copied
+from effuse.weights import Weights, WeightStore, copied
 
 aten, ops = torch.ops.aten, torch.ops.effuse
 
-QUANTIZED = (ops.quantize.default, ops.dequantize.default, ops.linear_dynamic.default,
-             ops.conv2d_dynamic.default, ops.unpack.default, ops.fake_quantize.default,
-             ops.widen.default)  # fmt: skip
-KEPT_KINDS = tuple(set(KEPT.values()))
+QUANTIZED = (ops.quantize.default, ops.dequantize.default, ops.unpack.default,
+             ops.fake_quantize.default, ops.widen.default, *DYNAMIC)  # fmt: skip
+KEPT_KINDS = tuple(set(KINDS.values()))
 DB_PER_BIT = 3.0  # of the bound: half of what a bit is worth
 BLIND = {"rounding": "nearest", "correct_bias": False}  # options, as they are without calibration
 
@@ -124,10 +125,12 @@ class Quantize(Pass):
         """Quantize every part, measured on the calibration's probes."""
         if work.calibration is None:
             self._check_blind(program)
-        seen, lent = lend_ranges(program, work.calibration or unseen_run(program))
+        seen = work.calibration or unseen_run(program)
+        program, convs, seen = turned(program, partial(self._turns, program.weights), seen)
+        seen, lent = lend_ranges(program, seen)
         for name in lent:
             work.log.note(f"{name}: never run in calibration; ranges are the default variant's")
-        job = Job(self, program, work, seen, copied(program.weights))
+        job = Job(self, program, work, seen, copied(program.weights), convs)
         default = program.plan.default
         order = sorted(program.parts, key=lambda part: part.name != default)
         done = {part.name: job.part(part) for part in order}  # others share the default's weights
@@ -200,6 +203,12 @@ class Quantize(Pass):
                 return "last layer"
         return misfit(site, how)
 
+    def _turns(self, weights: Weights, part: Part, node: fx.Node) -> bool:
+        """Whether a transposed convolution would be one of sub-pixels, in integers."""
+        if unfit(node) or not stored(node, weights):
+            return False
+        return recipe(node, self.format_of(node), part.rate, self.activations).integer
+
     def format_of(self, site: fx.Node) -> Format:
         """The format of a layer."""
         named = dict(self.layers).get(module_path(site), self.format)
@@ -215,6 +224,7 @@ class Job:
     work: Work
     calibration: Calibration
     weights: WeightStore
+    convs: Mapping[str, Sequence[Turned]]  # by part, what were transposed convolutions
     rounded: dict[str, Rounded] = field(default_factory=dict)
 
     def part(self, part: Part) -> tuple[Part, list[Layer]]:
@@ -236,10 +246,11 @@ class Job:
             quality = self._measure(part, wanted, ranges, shifts)
         graph, mapping = clone(part.graph)
         writer = Writer(graph, self.weights, ranges, self.rounded, shifts)
-        layers = []
+        layers, convs = [], {each.conv: each for each in self.convs[part.name]}
         for number, (site, how) in enumerate(recipes.items(), start=1):
             ratio = quality.get(site.name)
-            layers.append(self._settle(site, how, reasons[site], ratio, writer, mapping))
+            settled = self._settle(site, how, reasons[site], ratio, writer, mapping)
+            layers.append(as_it_was(settled, convs[site], mapping) if site in convs else settled)
             self.work.progress("quantize layers", number, len(recipes))
         for site, why in kept(part, self.weights).items():
             self.work.log.reject("quantize", why.split(":")[0])
@@ -351,15 +362,31 @@ def too_noisy(ratio: float | None, bound: float) -> str | None:
 
 def layer(site: fx.Node, format: str, ratio: float | None, reason: str | None) -> Layer:
     """The line of the report for one layer."""
-    weight: Any = site.args[1]
     return Layer(
         name=module_path(site) or site.name,
-        op=str(site.target).removeprefix("aten.").removesuffix(".default"),
+        op=operator(site),
         format="float" if reason else format,
-        parameters=math.prod(value_of(weight).shape),
+        parameters=parameters(site),
         sqnr_db=None if ratio is None else round(ratio, 2),
         reason=reason or "",
     )
+
+
+def as_it_was(layer: Layer, made: Turned, mapping: Mapping[fx.Node, fx.Node]) -> Layer:
+    """The line of a transposed convolution, which it is again if it was not quantized."""
+    if layer.reason:
+        substitute(mapping[made.result], mapping[made.node])
+    return replace(layer, op=operator(made.node), parameters=parameters(made.node))
+
+
+def operator(site: fx.Node) -> str:
+    """What a layer is called in the report."""
+    return str(site.target).removeprefix("aten.").removesuffix(".default")
+
+
+def parameters(site: fx.Node) -> int:
+    """The size of a layer's weight."""
+    return math.prod(value_of(site.args[1]).shape)  # type: ignore[arg-type]
 
 
 def summary(layers: Sequence[Layer]) -> str:

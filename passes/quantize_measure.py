@@ -13,7 +13,7 @@ from torch import fx
 from effuse.graph import clone, evaluate
 from effuse.kernels.low_rank import BRANCH
 from effuse.metrics import CEILING_DB
-from effuse.passes.quantize_sites import Recipe
+from effuse.passes.quantize_sites import Recipe, channel_axis
 from effuse.passes.quantize_writer import Writer
 from effuse.weights import Weights, WeightStore, copied
 
@@ -81,9 +81,8 @@ def measure(
         elif node in twins:
             site = twins[node]
             real = truth.pop(site).double()
-            axis = -1 if site.target is aten.linear.default else real.dim() - 3
             quality = found.setdefault(site.name, Quality())
-            quality.add(real, value.double() - real, axis)
+            quality.add(real, value.double() - real, channel_axis(site, real.dim()))
             if site in remainders:
                 quality.signal -= real.square().sum().item()
         elif node in sums:

@@ -13,6 +13,7 @@ from effuse.graph import calls, value_of
 from effuse.kernels.formats import Format
 from effuse.kernels.low_rank import BRANCH
 from effuse.kernels.quantizers import Quantizer, check_group
+from effuse.passes.transposed import TRANSPOSED, unfit
 from effuse.plan import Depends, Rate
 from effuse.program import Part, Program
 from effuse.rates import dependences
@@ -20,15 +21,14 @@ from effuse.weights import Weights, peek
 
 aten = torch.ops.aten
 
-SITES = (aten.conv2d.default, aten.linear.default)
-# Layers that no format has integers for; they are listed, so that nobody looks for them in vain.
-KEPT: dict[Any, str] = {
-    aten.conv3d.default: "three-dimensional convolution",
-    aten.conv_transpose1d.default: "transposed convolution",
-    aten.conv_transpose2d.input: "transposed convolution",
-    aten.conv_transpose3d.input: "transposed convolution",
-}
-LAYERS = (*SITES, *BRANCH)  # a path through a branch goes through a layer
+VOLUME = aten.conv3d.default
+CONVS = (aten.conv2d.default, VOLUME)
+SITES = (*CONVS, aten.linear.default)
+KINDS: dict[Any, str] = {
+    aten.linear.default: "linear layer", aten.conv1d.default: "convolution",
+    **dict.fromkeys(CONVS, "convolution"), **dict.fromkeys(TRANSPOSED, "transposed convolution"),
+}  # fmt: skip
+LAYERS = (*KINDS, *BRANCH)  # a path through a branch goes through a layer
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def recipe(site: fx.Node, format: Format, rate: Rate, activations: str) -> Recip
 
     `activations` overrides when ranges are found: `static`, `dynamic`, `step`, or `format`.
     """
-    conv = site.target is aten.conv2d.default
+    conv = site.target is not aten.linear.default
     weight = format.conv_weight if conv else format.weight
     activation = format.conv_activation if conv else format.activation
     if rate < Rate.STEP:
@@ -72,6 +72,12 @@ def recipe(site: fx.Node, format: Format, rate: Rate, activations: str) -> Recip
         fixed = {} if activations == "dynamic" else {"granularity": "tensor", "group": 0}
         activation = replace(activation, ranges=activations, **fixed)  # type: ignore[arg-type]
     return Recipe(format.name, weight, activation)
+
+
+def channel_axis(site: fx.Node, dims: int) -> int:
+    """Where the channels of a layer's input and output of so many dimensions are."""
+    weight = value_of(site.args[1])  # type: ignore[arg-type]
+    return dims - 1 if site.target is aten.linear.default else dims - weight.dim() + 1
 
 
 def misfit(site: fx.Node, how: Recipe) -> str | None:
@@ -88,24 +94,31 @@ def misfit(site: fx.Node, how: Recipe) -> str | None:
 
 def sites(part: Part, weights: Weights) -> list[fx.Node]:
     """The linear and convolution calls whose weight is stored and in floating point."""
-    found = []
-    for node in calls(part.graph, *SITES):
-        weight = node.args[1]
-        stored = isinstance(weight, fx.Node) and weight.op == "get_attr"
-        if stored and peek(weights, str(weight.target)).is_floating_point():  # type: ignore[union-attr]
-            found.append(node)
-    return found
+    return [node for node in calls(part.graph, *SITES) if stored(node, weights)]
+
+
+def stored(node: fx.Node, weights: Weights) -> bool:
+    """Whether a layer's weight is stored, and in floating point."""
+    weight = node.args[1]
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return False
+    return peek(weights, str(weight.target)).is_floating_point()
 
 
 def kept(part: Part, weights: Weights) -> dict[fx.Node, str]:
-    """The layers of other kinds, which stay in float, and why."""
-    return {
-        node: f"{KEPT[node.target]}: only linear layers and convolutions of one or two dimensions "
-        "are quantized"
-        for node in calls(part.graph, *KEPT)
-        if isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr"
-        and peek(weights, str(node.args[1].target)).is_floating_point()
-    }  # fmt: skip
+    """The other layers, which stay in float, and why: nobody shall look for them in vain."""
+    found = set(sites(part, weights))
+    others = (node for node in calls(part.graph, *KINDS) if node.users and node not in found)
+    return {node: f"{KINDS[node.target]}: {_why(node)}" for node in others if _floating(node)}
+
+
+def _floating(node: fx.Node) -> bool:
+    return isinstance(node.args[1], fx.Node) and value_of(node.args[1]).is_floating_point()
+
+
+def _why(node: fx.Node) -> str:
+    reason = unfit(node) if node.target in TRANSPOSED else "its weight is computed"
+    return reason or "in 8-bit integers alone it is computed as a convolution of sub-pixels"
 
 
 def first_layers(part: Part, program: Program) -> set[fx.Node]:

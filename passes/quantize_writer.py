@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -16,11 +16,12 @@ from effuse.kernels.low_bit import Packed, pack_weight
 from effuse.kernels.packing import pack
 from effuse.kernels.quantizers import Quantizer, find_scale, to_codes
 from effuse.passes.activation_scales import Ranges, Scale, Scales
-from effuse.passes.quantize_sites import Recipe
+from effuse.passes.quantize_sites import VOLUME, Recipe
 from effuse.weights import WeightStore, derive_parts
 
 aten, ops = torch.ops.aten, torch.ops.effuse
 
+DYNAMIC = (ops.linear_dynamic.default, ops.conv2d_dynamic.default, ops.conv3d_dynamic.default)
 LEAST_SCALE = 1e-12  # of a channel of zeros
 BIAS_LIMIT = 1 << 30  # of a bias in int32: as much again is left for the sum of the products
 
@@ -121,13 +122,11 @@ class Writer:
 
     def _dynamic(self, site: fx.Node, how: Recipe) -> fx.Node:
         codes, scale, _ = self._codes(site, how)
-        x, _, _, *rest = _arguments(site)
-        bias = self._bias(site)
+        x, bias = site.args[0], self._bias(site)
         if site.target is aten.linear.default:
             return self._emit(site, ops.linear_dynamic.default, x, codes, scale, bias)
-        return self._emit(
-            site, ops.conv2d_dynamic.default, x, codes, scale, bias, *conv_options(rest)
-        )
+        conv = ops.conv3d_dynamic if site.target is VOLUME else ops.conv2d_dynamic
+        return self._emit(site, conv.default, x, codes, scale, bias, *options_of(site))
 
     def _integer(self, site: fx.Node, how: Recipe) -> fx.Node:
         x, step = self._activation(site.args[0], how)  # type: ignore[arg-type]
@@ -346,9 +345,9 @@ def _nothing() -> None:
     """A place in the graph, for inserting before."""
 
 
-def conv_options(rest: Iterable[Any]) -> tuple[list[int], list[int], list[int], int]:
-    """Stride, padding, dilation and groups with their defaults filled in."""
-    given = tuple(rest)
-    defaults: tuple[Any, ...] = ([1, 1], [0, 0], [1, 1], 1)
+def options_of(site: fx.Node) -> tuple[list[int], list[int], list[int], int]:
+    """Stride, padding, dilation and groups of a convolution with their defaults filled in."""
+    given, dims = tuple(site.args[3:]), len(weight_of(site)[1]) - 2
+    defaults: tuple[Any, ...] = ([1] * dims, [0] * dims, [1] * dims, 1)
     stride, padding, dilation, groups = given + defaults[len(given) :]
     return stride, padding, dilation, groups

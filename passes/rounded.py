@@ -15,7 +15,7 @@ from effuse.kernels.quantizers import Quantizer, scale_of_range
 from effuse.passes.activation_scales import rounding_of
 from effuse.passes.gptq import Hessian, gptq, unfolded
 from effuse.passes.quantize_sites import Recipe
-from effuse.passes.quantize_writer import Rounded, conv_options, plain
+from effuse.passes.quantize_writer import Rounded, options_of, plain
 from effuse.ranges import weight_scale_search
 
 aten = torch.ops.aten
@@ -109,9 +109,9 @@ def _inputs(site: fx.Node, x: torch.Tensor) -> Iterator[torch.Tensor]:
         yield x
         return
     kernel = value_of(site.args[1]).shape[2:]  # type: ignore[arg-type]
-    stride, padding, dilation, _ = conv_options(site.args[3:])
-    images = x if x.dim() == 4 else x[None]
-    yield from unfolded(images.float(), tuple(kernel), stride, padding, dilation)  # type: ignore[arg-type]
+    stride, padding, dilation, _ = options_of(site)
+    batch = x if x.dim() == len(kernel) + 2 else x[None]
+    yield from unfolded(batch.float(), kernel, stride, padding, dilation)
 
 
 def _chunks(layers: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
@@ -140,4 +140,4 @@ def _columns(site: fx.Node) -> int:
 
 
 def _groups(site: fx.Node) -> int:
-    return 1 if site.target is aten.linear.default else conv_options(site.args[3:])[3]
+    return 1 if site.target is aten.linear.default else options_of(site)[3]

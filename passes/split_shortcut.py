@@ -41,6 +41,7 @@ RULE = "split"
 CHANNELS = {  # the layers, and the axis of their input's channels, from the end
     aten.conv2d.default: -3,
     aten.conv2d.padding: -3,
+    aten.conv3d.default: -4,
     aten.linear.default: -1,
 }
 PLACED = (  # each channel stays where it is

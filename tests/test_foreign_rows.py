@@ -115,7 +115,7 @@ def test_a_cache_of_rows_in_eight_bits() -> None:
     assert compiled.session.steps - before == {"full": 3, "reuse": 2}
     formats = {layer["name"]: layer["format"] for layer in compiled.manifest["layers"]}
     assert formats == {"first": "float", "down": "w8a8", "mid": "w8a8", "join": "w8a8",
-                       "last": "float", "up": "float"}  # fmt: skip
+                       "last": "float", "up": "w8a8"}  # fmt: skip
     assert 30 < sqnr_db(run(model).numpy(), found.numpy()) < 100
 
 
