@@ -223,3 +223,35 @@ def test_triton_leaves_volumes_to_pytorch_and_says_so(program: Program) -> None:
     assert log.reasons["conv"]["a three-dimensional convolution"] == 5
     assert log.rewrites["conv"] == 2  # the row and the image
     assert differ(found, lowered.program) > 100
+
+
+class Widened(nn.Module):
+    """An image at twice the size in each direction."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+        self.up = nn.ConvTranspose2d(8, 8, 4, stride=2, padding=1)
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        return self.last(F.silu(self.up(F.silu(self.first(sample)))))
+
+
+def drawn(*sizes: int) -> torch.Tensor:
+    return torch.randn(2, 4, *sizes, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_one_artifact_in_integers_at_every_size(backend: str) -> None:
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+    model = Widened().eval()
+    sizes = {"height": (4, 64), "width": (4, 64)}
+    config = effuse.Config(passes=(EIGHT,), backend=backend, dynamic=sizes)
+    found = effuse.compile(model, config, inputs={"sample": drawn(6, 8)}, progress=False)
+    assert all(layer["format"] == "w8a8" for layer in found.manifest["layers"])
+    for given in (drawn(6, 8), drawn(16, 5)):
+        with torch.no_grad():
+            expected = model(given)
+        assert 20 < sqnr_db(expected.numpy(), found(sample=given).numpy()) < 80
