@@ -89,11 +89,17 @@ def canonical(part: Part, weights: WeightStore, log: Log) -> Part:
     return replace(part, graph=graph)
 
 
+SAME: dict[Any, Any] = {  # other names of what every later pass knows under one
+    aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default,
+    aten.concat.default: aten.cat.default, aten.concatenate.default: aten.cat.default,
+}  # fmt: skip
+
+
 def views(graph: fx.Graph, log: Log) -> None:
-    """view(x, s) -> reshape(x, s), which does not ask for strides."""
-    for node in calls(graph, aten.view.default, aten._unsafe_view.default):
+    """view(x, s) -> reshape(x, s), which does not ask for strides; concat(x, d) -> cat(x, d)."""
+    for node in calls(graph, *SAME):
         if log.spend("view"):
-            node.target = aten.reshape.default
+            node.target = SAME[node.target]
 
 
 NAMED_PADDINGS: dict[Any, Any] = {

@@ -135,6 +135,12 @@ def test_idempotent():
     assert twice.weights.keys() == once.weights.keys()
 
 
+@pytest.mark.parametrize("join", [torch.concat, torch.concatenate])
+def test_concatenations_have_one_name(join):
+    program = canonicalized(lambda x: join([x, x.sin()], 1))
+    assert targets(program).count("cat.default") == 1
+
+
 KEPT = {
     "a cast to another type": (lambda x: x.to(torch.float64).to(torch.float32), 2, "to.dtype"),
     "a reshape to another shape": (lambda x: x.view(4, 2), 1, "reshape.default"),
