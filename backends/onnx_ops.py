@@ -253,6 +253,9 @@ def idle_squeezes(graph: fx.Graph) -> None:
 
 
 def _transposed(graph: fx.Graph, weights: WeightStore, node: Any) -> fx.Node:
+    if node.op != "get_attr":  # made of fewer bits: when a session starts
+        made: fx.Node = emit(graph, aten.permute.default, node, [1, 0], like=node)
+        return made
     name = str(node.target)
     flipped = derive(weights, [name], lambda weight: weight.t().contiguous(), "transposed")
     return emit_weight(graph, weights, f"{name}.t", flipped)

@@ -75,12 +75,14 @@ def kernels(folder, tmp_path):
 
 W4A16 = "int4/group32:none:int4/channel:none"
 W4A8 = "int4/group32:int8/group32/dynamic:int4/channel:uint8/tensor/asymmetric"
+W4 = "int4/channel:uint8/tensor/asymmetric:int4/channel:uint8/tensor/asymmetric"
 CASES = {
     "static": ("w8a8", "format", {"QLinearConv": 2, "QGemm": 3, "MatMulIntegerToFloat": 1}),
     "step": ("w8a8", "step", {"QLinearConv": 2, "MatMulIntegerToFloat": 4}),
     "w4a16": (W4A16, "format", {"MatMulNBits": 4, "Conv": 2}),
     "w4a8": (W4A8, "format", {"MatMulNBits": 4, "QLinearConv": 2}),
     "w8a16": ("w8a16", "format", {"Conv": 2}),
+    "w4 by channel": (W4, "format", {"QLinearConv": 2, "QGemm": 3, "MatMulIntegerToFloat": 1}),
 }
 
 
