@@ -4,7 +4,8 @@ Static activations: x̂ = (clamp(round(x/s)+z) - z)·s with one (s, z) per tenso
 trajectory, or one per group of timesteps (`activations="step"`; METHODS 0.2, 1.3). Where weights
 have a scale per output channel the arithmetic is integer: the bias becomes int32 at the products'
 scale, and a convolution's output is quantized too, because integer convolutions write 8 bits; a
-linear's is not. Dynamic: the activation's range is found at run time.
+linear's is not. Dynamic: the activation's range is found at run time. Transposed convolutions are
+quantized in integers alone, as convolutions of sub-pixels (passes/transposed.py).
 The programs that run once a picture keep float activations: small storage is all there is to gain.
 
 Every layer is measured on probes of the calibration run before it is chosen.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
+from functools import partial
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -15,7 +17,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from effuse.backends.onnx_ops import TRANSLATIONS
+from effuse.devices import CPU
 from effuse.kernels.dynamic import dynamic_range
+from effuse.kernels.integer import conv_integer_reference
 from effuse.kernels.quantize import along
 from effuse.kernels.table import BY_TARGET, GRAPH_OPS
 
@@ -420,6 +424,39 @@ def test_convolution_of_any_shape(arguments):
     assert torch.equal(found, op.reference(*arguments))
     agrees(found, op, arguments)
     check_fake(op, arguments)
+
+
+@few
+@given(conv_arguments(), seeds)
+def test_onnx_runtimes_integer_convolution_of_any_shape(arguments, seed):
+    x, weight, channels, _, stride, padding, dilation, groups = arguments
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, x.shape, generator=generator, dtype=torch.uint8)
+    byte, step = partial(torch.tensor, dtype=torch.uint8), torch.tensor(0.02)
+    bias = torch.randint(-999, 999, channels.shape, generator=generator, dtype=torch.int32)
+    named = {"s": step, "z": byte(117), "w": weight, "t": channels,
+             "o": torch.zeros(len(weight), dtype=torch.int8), "p": step * 600, "r": byte(101),
+             "b": bias}  # fmt: skip
+    call = onnx.helper.make_node(
+        "QLinearConv", ["q", *named], ["y"], strides=stride, pads=padding * 2, group=groups,
+        dilations=dilation,
+    )  # fmt: skip
+    graph = onnx.helper.make_graph(
+        [call], "one",
+        [onnx.helper.make_tensor_value_info("q", onnx.TensorProto.UINT8, codes.shape)],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.UINT8, None)],
+        [onnx.numpy_helper.from_array(each.numpy(), name) for name, each in named.items()],
+    )  # fmt: skip
+    opset = [onnx.helper.make_opsetid("", 21)]
+    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), None, [CPU])
+    (found,) = session.run(None, {"q": codes.numpy()})
+    options = (stride, padding, dilation, groups)
+    values = (codes, step, byte(117), weight, channels, bias, step * 600, byte(101), *options)
+    expected = conv_integer_reference(*values)
+    # float32 factors may round another way at ties, by a step
+    assert (torch.from_numpy(found).int() - expected.int()).abs().max() <= 1
+    assert (torch.from_numpy(found) == expected).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
