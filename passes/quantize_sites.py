@@ -122,15 +122,21 @@ def _why(node: fx.Node) -> str:
 
 
 def first_layers(part: Part, program: Program) -> set[fx.Node]:
-    """The layers that the latent reaches before any other layer."""
+    """The layers that the latent alone reaches before any other layer.
+
+    A latent that is added to what a layer made of it is no latent any more: where a shortcut leads
+    around the first layer, all layers of the residual stream would be first ones.
+    """
     depends = dependences(part.graph, program.sources)
     given = {item.name for item in program.inputs}  # a slot's past has been through layers
     fresh: set[fx.Node] = set()  # computed from the latent, by no layer so far
     first: set[fx.Node] = set()
     for node in part.graph.nodes:
+        moving = [each for each in node.all_input_nodes
+                  if depends[each] & Depends.LATENT and not is_size(each)]  # fmt: skip
         if node.op == "placeholder" and node.target in given and depends[node] & Depends.LATENT:
             fresh.add(node)
-        elif not is_size(node) and any(source in fresh for source in node.all_input_nodes):
+        elif not is_size(node) and moving and all(each in fresh for each in moving):
             (first if node.target in LAYERS else fresh).add(node)
     return first.intersection(calls(part.graph, *SITES))
 

@@ -362,6 +362,24 @@ def test_a_value_that_two_layers_read_is_quantized_once():
     assert (found["inner"].reason, found["outer"].reason) == ("first layer", "last layer")
 
 
+def test_a_shortcut_around_the_first_layer_makes_no_others_first_ones():
+    class Around(Chain):
+        def forward(self, sample):
+            h = self.first(sample) + sample.repeat(1, 2, 1, 1)
+            h = self.dense(self.middle(F.silu(h)).transpose(1, 3)).transpose(1, 3)
+            return self.last(h) + self.beside(sample[:, :, ::2, ::2])
+
+        def __init__(self):
+            super().__init__()
+            self.beside = nn.Conv2d(2, 2, 1)
+
+    found = lines(quantized(chain(kind=Around), min_sqnr_db=0))
+    assert {name: layer.reason for name, layer in found.items()} == {
+        "first": "first layer", "middle": "", "dense": "", "last": "last layer",
+        "beside": "first layer",
+    }  # fmt: skip
+
+
 def test_the_result_of_a_convolution_is_read_in_its_8_bits():
     class Two(Chain):
         def forward(self, sample):
