@@ -180,9 +180,9 @@ class Search:
         return True
 
     def fewer_layers(self, config: Config) -> Config:
-        """Two of what makes layers by its name, all at once; else one after another."""
+        """Two of what makes layers by its name and is not told; at once, else one by one."""
         values = {name: floored(self.value(config, name)) for name in self.names
-                  if re.search(COUNTS, name)}  # fmt: skip
+                  if re.search(COUNTS, name) and name not in self.base}  # fmt: skip
         fewer = {name: value for name, value in values.items() if value is not None}
         if self.build(config | fewer) is not None:
             return config | fewer

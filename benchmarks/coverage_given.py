@@ -1,8 +1,9 @@
 """Inputs that a row of coverage_inputs.json tells, for a class for which effuse derives none.
 
 A list of sizes is noise of them, {"time": sizes} the timestep, {"table": numbers} whole numbers,
-{"index": sizes} those from 0, {"ones": sizes} truth values, {"list": rows} and {"tuple": rows}
-several, {"units": sizes} whole numbers 1, {"value": …} anything else as it is.
+{"index": sizes} those from 0, {"ones": sizes} truth values, {"units": sizes} whole numbers 1,
+{"turns": sizes} complex numbers of length 1, as a rotary table has, {"list": rows}, {"tuple": rows}
+and {"dict": rows} several, {"value": …} anything else as it is.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ KINDS: Mapping[str, Callable[[Any], Any]] = {
     "index": lambda sizes: torch.arange(math.prod(sizes)).reshape(sizes),
     "ones": lambda sizes: torch.ones(sizes, dtype=torch.bool),
     "units": lambda sizes: torch.ones(sizes, dtype=torch.long),
+    "turns": lambda sizes: torch.polar(
+        torch.ones(sizes), torch.linspace(0, 6, math.prod(sizes)).reshape(sizes)
+    ),
     "value": lambda each: each,
 }
 
@@ -35,6 +39,8 @@ def made(told: Any, time: float, generator: torch.Generator) -> Any:
     ((kind, value),) = told.items()
     if kind == "time":
         return torch.full(tuple(value), time)
+    if kind == "dict":
+        return {name: made(each, time, generator) for name, each in value.items()}
     if kind in ("list", "tuple"):
         several = [made(each, time, generator) for each in value]
         return several if kind == "list" else tuple(several)
