@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from effuse.backends.onnx_complex import check_outputs
 from effuse.backends.onnx_exporter import to_onnx
 from effuse.backends.onnx_half import halve
 from effuse.backends.onnx_integer import NATIVE, STORED, unsupported
@@ -89,6 +90,7 @@ def build(
     """
     if reason := available():
         raise BackendError(reason)
+    check_outputs(program, "onnx")
     store = Store()
     models = {}
     for number, part in enumerate(program.parts):
@@ -157,6 +159,11 @@ def exported(
     Raises:
         BackendError: an op of it has no ONNX form.
     """
+    if any(each.is_complex() for each in examples):
+        raise BackendError(
+            f"{reader}: the part {part.name!r} takes complex numbers; give the network pairs of "
+            "real ones (torch.view_as_real), or compile with backend='onnx'"
+        )
     with _quiet(), torch.no_grad():
         try:
             exported = torch.export.export(

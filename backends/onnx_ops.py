@@ -12,7 +12,7 @@ from torch import fx
 
 from effuse.backends.onnx_attention import fuse_attention, give_one_head
 from effuse.backends.onnx_brain import widen_brain
-from effuse.backends.onnx_complex import widen_pairs
+from effuse.backends.onnx_complex import pair_ends, widen_pairs
 from effuse.backends.onnx_integer import bind_integer_layers, bind_nbits, restore_weights
 from effuse.backends.onnx_resize import gather_uneven
 from effuse.backends.onnx_runtime_ops import MATMUL_NBITS, MULTI_HEAD_ATTENTION
@@ -216,6 +216,7 @@ def prepare(graph: fx.Graph, weights: WeightStore, contrib: bool = True) -> None
     idle_squeezes(graph)
     gather_uneven(graph, weights)
     give_one_head(graph)
+    pair_ends(graph)
     widen_pairs(graph)
     choose_truths(graph)
     widen_brain(graph)

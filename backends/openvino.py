@@ -17,6 +17,7 @@ from torch import fx
 
 from effuse.backends import onnx_ops
 from effuse.backends.onnx import strip, to_model
+from effuse.backends.onnx_complex import check_outputs, pair_ends, widen_pairs
 from effuse.backends.onnx_integer import (
     NATIVE,
     STORED,
@@ -81,6 +82,7 @@ def build(
     Raises:
         BackendError: OpenVINO would not compute what the program says.
     """
+    check_outputs(program, "openvino")
     store = Store()
     models, groups = {}, {}
     for number, part in enumerate(program.parts):
@@ -127,6 +129,8 @@ def export_part(part: Part, program: Program) -> tuple[Any, int]:
 def prepare(graph: fx.Graph, weights: WeightStore) -> None:
     """Rewrite a copy of a part for OpenVINO; exact."""
     onnx_ops.idle_squeezes(graph)
+    pair_ends(graph)
+    widen_pairs(graph)
     join_tables(graph, weights)
     lift_pairs(graph)
     write_attention(graph)

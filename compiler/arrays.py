@@ -80,6 +80,13 @@ class NumpyArrays:
         return np.where(rows.reshape(-1, *[1] * (one.ndim - 1)), one, other)
 
 
+def real_pairs(array: Any) -> Any:
+    """Complex numbers as pairs in a last axis, anything else as it is."""
+    if array.dtype.kind != "c":
+        return array
+    return array.reshape(-1).view(array.real.dtype).reshape(*array.shape, 2)
+
+
 def _cast(array: Any, wanted: Any, item: Input) -> Any:
     """Timesteps of another number type: to floats by rounding, to integers if nothing is lost."""
     if array.dtype.kind in "biuf" and item.role is Role.TIMESTEP:

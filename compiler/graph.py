@@ -87,6 +87,16 @@ def emit_input(graph: fx.Graph, name: str, value: Any) -> fx.Node:
     return node
 
 
+def renew_input(node: fx.Node, value: Any) -> fx.Node:
+    """A placeholder in the place of another, of its name, with the fake `value`."""
+    with node.graph.inserting_before(node):
+        new = node.graph.placeholder(str(node.target))
+    new.meta["val"] = value
+    substitute(node, new)
+    node.graph.erase_node(node)
+    return new
+
+
 def emit_weight(graph: fx.Graph, weights: WeightStore, name: str, tensor: Any) -> fx.Node:
     """A node that reads the weight `name`, which is stored as `tensor`."""
     weights[name] = tensor

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from effuse.arrays import real_pairs
 from effuse.errors import ArtifactError, BackendError, InputError, require
 from effuse.plan import PartSpec, ProgramSpec
 from effuse.runtime import Run, Session
@@ -126,7 +127,7 @@ def _run(part: PartSpec, compiled: Any, folder: Path) -> Run:
 
     def run(values: Mapping[str, Any]) -> Sequence[Any]:
         given = {**stored, **values}
-        feed = {name: given[name] for name in names}
+        feed = {name: real_pairs(given[name]) for name in names}
         try:
             request.infer(feed, share_inputs=True)
         except Exception as error:

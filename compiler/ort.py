@@ -10,6 +10,7 @@ from typing import Any
 
 import onnxruntime
 
+from effuse.arrays import real_pairs
 from effuse.devices import CPU, Device, device_of, missing, plugin_devices
 from effuse.errors import ArtifactError, BackendError, InputError
 from effuse.plan import PartSpec, ProgramSpec
@@ -119,7 +120,7 @@ def _run(
     names |= {item.name for item in session.get_overridable_initializers()}
 
     def run(values: Mapping[str, Any]) -> Sequence[Any]:
-        feed = {name: value for name, value in values.items() if name in names}
+        feed = {name: real_pairs(value) for name, value in values.items() if name in names}
         try:
             return list(session.run(part.outputs, feed))
         except Exception as error:

@@ -179,9 +179,14 @@ def relative_error(values: Iterable[torch.Tensor], expected: Iterable[torch.Tens
             return math.inf
         if one.numel() == 0:
             continue
-        scale = other.double().abs().max().item() or 1.0
-        worst = max(worst, (one.double() - other.double()).abs().max().item() / scale)
+        scale = doubled(other).abs().max().item() or 1.0
+        worst = max(worst, (doubled(one) - doubled(other)).abs().max().item() / scale)
     return worst
+
+
+def doubled(value: torch.Tensor) -> torch.Tensor:
+    """The numbers in double precision, complex ones as pairs: a cast would drop half of each."""
+    return (torch.view_as_real(value.resolve_conj()) if value.is_complex() else value).double()
 
 
 def compare(program: Program) -> tuple[float, float] | None:
@@ -193,7 +198,7 @@ def compare(program: Program) -> tuple[float, float] | None:
     if [type_text(value) for value in found] != [type_text(value) for value in program.expected]:
         return math.inf, -CEILING_DB
     pairs = zip(found, program.expected, strict=True)
-    ratio = min(sqnr_db(other.double().numpy(), one.double().numpy()) for one, other in pairs)
+    ratio = min(sqnr_db(doubled(other).numpy(), doubled(one).numpy()) for one, other in pairs)
     return relative_error(found, program.expected), ratio
 
 

@@ -490,6 +490,8 @@ def test_relative_error():
     assert relative_error([one], [other]) == 0.125
     assert relative_error([one, other], [one, one]) == 0.125
     assert relative_error([one], [one * 0]) == 4.0  # against zeros: absolute
+    number = torch.complex(one, one)
+    assert relative_error([number.conj()], [number]) == 2.0  # the same real parts
     assert relative_error([torch.zeros(0)], [torch.zeros(0)]) == 0.0
     assert relative_error([one], [torch.tensor([[1.0], [-4.0]])]) == math.inf
     nan = torch.tensor([math.nan, 1.0])
