@@ -40,6 +40,10 @@ IDENTITIES = (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.defa
 STRIDED = (aten.view_as_complex.default, aten.view.dtype, aten.as_strided.default)  # read strides
 CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default,
          aten.type_as.default)  # fmt: skip
+VIEWS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, operator.getitem,
+         aten.unbind.int, aten.select.int, aten.slice.Tensor, aten.squeeze.dim,
+         aten.unsqueeze.default, aten.reshape.default, aten.unflatten.int, aten.transpose.int,
+         aten.permute.default, aten.flatten.using_ints)  # fmt: skip
 RESHAPES = (aten.reshape.default, aten.expand.default, aten.slice.Tensor)
 
 
@@ -191,7 +195,7 @@ def identity(node: fx.Node) -> Any:
     if node.target in DROPOUTS:  # dropout(x, p, train)
         return None if node.args[2] else node.args[0]
     if node.target in LAYOUTS:
-        kept = calls(node.graph, *STRIDED) or channels_first(node)
+        kept = calls(node.graph, *STRIDED) or channels_first(node) or attended_rows(node)
         return None if kept else node.args[0]
     return node.args[0] if node.target in IDENTITIES else None
 
@@ -206,6 +210,31 @@ def channels_first(node: fx.Node) -> bool:
     if before.dim() != 5 or before.stride(1) != 1 or after.stride(1) == 1:
         return False
     return any(user.target is not aten.reshape.default for user in node.users)
+
+
+def attended_rows(node: fx.Node) -> bool:
+    """Whether attention reads what is laid out anew so that the numbers of a row are neighbours.
+
+    torch computes attention of such rows block by block, of others as two products with all scores
+    between: the values would be off by more than an exact pass may move them.
+    """
+    if in_rows(value_of(node.args[0])) or not in_rows(value_of(node)):  # type: ignore[arg-type]
+        return False
+    found, seen = [node], {node}
+    while found:
+        for user in found.pop().users:
+            if user.target is aten.scaled_dot_product_attention.default:
+                return True
+            if user.target in VIEWS and user not in seen and in_rows(value_of(user)):
+                seen.add(user)
+                found.append(user)
+    return False
+
+
+def in_rows(value: Any) -> bool:
+    """Whether the numbers of a row are neighbours; of several tensors, it is not asked."""
+    strides = value.stride() if isinstance(value, torch.Tensor) else ()
+    return not strides or str(strides[-1]) == "1"
 
 
 def cast(node: fx.Node) -> Any:

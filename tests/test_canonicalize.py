@@ -21,7 +21,7 @@ from effuse.passes.base import Work
 from effuse.passes.canonicalize import FOLD_LIMIT
 from effuse.plan import Depends
 from effuse.program import Part, run_program
-from effuse.verify import exact_bound, relative_error, verify
+from effuse.verify import compare, exact_bound, relative_error, verify
 
 logging.getLogger("torch.__trace").disabled = True  # pytest's log capture would pay for it
 
@@ -227,6 +227,33 @@ def test_a_video_is_laid_out_anew_where_its_channels_were_last(moved, then, kept
     program = canonicalized(function, (7, 6, 1, 1, 1), sample=(2, 6, 4, 5, 6))
     assert ("contiguous.default" in targets(program)) is kept
     assert targets(run_passes(program, (Canonicalize(),))) == targets(program)
+
+
+def attended(x, laid_out, last):
+    """Attention over a picture's pixels, whose channels were one behind the other."""
+    rows = laid_out(x.flatten(2).transpose(1, 2))
+    q, k, v = (each.unsqueeze(1) for each in rows.chunk(3, dim=-1))
+    return aten.scaled_dot_product_attention(last(q), last(k), last(v))
+
+
+@pytest.mark.parametrize(
+    ("laid_out", "last", "kept"),
+    [
+        (lambda x: x.contiguous(), lambda x: x, 1),
+        (lambda x: x.clone(memory_format=torch.contiguous_format), lambda x: x * 2.0, 0),
+        (lambda x: (x * 2.0).transpose(1, 2).clone().transpose(1, 2), lambda x: x, 0),
+        (lambda x: x.contiguous().contiguous(), lambda x: x.transpose(0, 1).transpose(0, 1), 1),
+    ],
+)
+def test_rows_that_attention_reads_stay_rows(laid_out, last, kept):
+    torch.manual_seed(0)
+    program = captured(lambda x: attended(x, laid_out, last), sample=(2, 48, 8, 8))
+    result = run_passes(program, (Canonicalize(),))
+    found = [each for each in targets(result) if each in ("clone.default", "contiguous.default")]
+    assert len(found) == kept
+    if kept:
+        assert compare(result)[0] == 0.0
+    assert run_passes(result, (Canonicalize(),)).records[-1].rewrites == {}
 
 
 def test_constants_fold_in_chains_and_only_while_they_are_small():
