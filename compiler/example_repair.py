@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from effuse.example_network import FRAMES, Network
-from effuse.example_rows import guessed, is_time
+from effuse.example_rows import control, guess_row, guessed, is_time
 from effuse.example_shapes import (
     Inputs,
     alone,
@@ -29,8 +29,10 @@ from effuse.example_shapes import (
     repeated,
     reshaped,
     resized,
+    several,
 )
 from effuse.example_trial import Failure
+from effuse.roles import LATENT_NAMES
 
 TRIALS = 100  # at most, for one network
 LARGEST = 1 << 24  # elements of an input that is tried in another's place
@@ -69,7 +71,7 @@ def proposals(failed: Failure, net: Network, inputs: Inputs) -> Iterator[Inputs]
     yield from integers(failed, names, inputs)
     if isinstance(failed.error, IndexError):
         yield from longer(names, inputs)
-    timed = any(is_time(word) for line in failed.lines[:3] for word in re.findall(r"\w+", line))
+    timed = any(map(is_time, words_of(failed, 3)))
     if timed:
         yield from times(net, inputs)
     told = RANKS.search(str(failed.error)) is not None
@@ -77,6 +79,9 @@ def proposals(failed: Failure, net: Network, inputs: Inputs) -> Iterator[Inputs]
         for proposal in ranks(names[:2], net, inputs):
             yield proposal
             yield from widened(failed, names[:2], proposal)
+    defaults = {name: each.default for name, each in net.parameters.items()}
+    yield from several(str(failed.error), words_of(failed), defaults, inputs)
+    yield from steered(inputs)
     yield from additions(failed, net, inputs)
     if not timed:
         yield from times(net, inputs)
@@ -142,8 +147,13 @@ def channel_axis(leaf: torch.Tensor) -> int:
 
 def blamed(failed: Failure, net: Network, inputs: Inputs) -> list[str]:
     """The inputs' names, those first that the statements speak of, from the innermost outwards."""
-    words = [word for line in failed.lines for word in re.findall(r"\w+", line)]
+    words = words_of(failed)
     return list(dict.fromkeys([*(word for word in words if word in inputs), *inputs]))
+
+
+def words_of(failed: Failure, count: int | None = None) -> list[str]:
+    """The words of the statements that led to a failure, of the innermost `count` or of all."""
+    return [word for line in failed.lines[:count] for word in re.findall(r"\w+", line)]
 
 
 def times(net: Network, inputs: Inputs) -> Iterator[Inputs]:
@@ -183,12 +193,22 @@ def integers(failed: Failure, names: list[str], inputs: Inputs) -> Iterator[Inpu
 
 def additions(failed: Failure, net: Network, inputs: Inputs) -> Iterator[Inputs]:
     """One more argument, of those that the statements speak of."""
-    words = [word for line in failed.lines for word in re.findall(r"\w+", line)]
-    for name in dict.fromkeys(words):
+    for name in dict.fromkeys(words_of(failed)):
         if name in net.parameters and name not in inputs:
             value = guessed(net, name, missed=True)
             if value is not None:
                 yield inputs | {name: value}
+
+
+def steered(inputs: Inputs) -> Iterator[Inputs]:
+    """What steers in the latent's own shape, for one network or for a list of one."""
+    latents = (each for name, each in inputs.items() if name in LATENT_NAMES)
+    latent = next((each for each in latents if torch.is_tensor(each)), None)
+    for name, value in inputs.items():
+        if latent is not None and guess_row(name) is control:
+            if torch.is_tensor(value) and value.shape != latent.shape:
+                yield inputs | {name: latent.clone()}
+            yield inputs | {name: [latent.clone()]}
 
 
 def longer(names: list[str], inputs: Inputs) -> Iterator[Inputs]:
@@ -201,8 +221,7 @@ def longer(names: list[str], inputs: Inputs) -> Iterator[Inputs]:
 
 def removals(failed: Failure, net: Network, inputs: Inputs) -> Iterator[Inputs]:
     """Without an argument that forward has a default for, of those that the statements speak of."""
-    words = [word for line in failed.lines for word in re.findall(r"\w+", line)]
-    for name in dict.fromkeys(words):
+    for name in dict.fromkeys(words_of(failed)):
         if name in inputs and net.parameters[name].default is not inspect.Parameter.empty:
             yield {other: value for other, value in inputs.items() if other != name}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 Inputs = dict[str, Any]
 SAMPLES = 4096  # of a signal
+SINGLE = re.compile(r"'(int|float|bool)' object is not iterable")
 MISCOUNTED = re.compile(r"shape '\[([\d, ]+)\]' is invalid for input of size (\d+)")
 
 
@@ -79,6 +80,17 @@ def alone(message: str, batch: int, inputs: Inputs) -> Iterator[Inputs]:
 
     if told and batch > 1 and int(told[2]) == batch * math.prod(map(int, told[1].split(","))):
         yield pytree.tree_map(first, inputs)
+
+
+def several(
+    message: str, words: Iterable[str], defaults: Mapping[str, Any], inputs: Inputs
+) -> Iterator[Inputs]:
+    """A list of one number, where a single one that the statements speak of is gone through."""
+    told = SINGLE.search(message)
+    for name in dict.fromkeys(words) if told else ():
+        value = inputs.get(name, defaults.get(name))
+        if type(value) in (int, float, bool) and type(value).__name__ == told[1]:  # type: ignore[index]
+            yield inputs | {name: [value]}
 
 
 def leaves(inputs: Inputs, name: str) -> list[tuple[Any, torch.Tensor]]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from effuse.example_rows import guessed
-from effuse.example_shapes import counted, patched, repeated
+from effuse.example_shapes import counted, patched, repeated, several
 from effuse.examples import config_of, derive_inputs, describe
 
 
@@ -98,6 +98,25 @@ class Several(nn.Module):
         return controlnet_cond
 
 
+class Zipped(nn.Module):
+    """Goes through what steers and how much, though names and annotations tell one of each."""
+
+    config: Mapping[str, Any] = {"conditioning_channels": 3}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(4, 8, 2, stride=2)
+
+    def forward(
+        self, sample: torch.Tensor, controlnet_cond: torch.Tensor, weight: float = 1.0,
+        strict: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        found = self.layer(sample).flatten(2)
+        for each, scale in zip(controlnet_cond, weight, strict=strict):  # type: ignore[call-overload]
+            found = found + self.layer(each).flatten(2) * scale
+        return found
+
+
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     found = derive_inputs(model.eval(), size=8)
     with torch.no_grad():
@@ -167,3 +186,21 @@ def test_a_part_with_a_config_does_not_speak_for_the_others():
 def test_a_picture_steers_at_the_size_of_pixels_where_its_channels_are_named():
     net = describe(Several(Part(ctrl_conditioning_channels=3)), 2, 8)
     assert guessed(net, "controlnet_cond").shape == (2, 3, 64, 64)
+
+
+def test_what_is_gone_through_is_a_list_and_steers_in_the_latent_s_shape():
+    found = derive_inputs(Zipped().eval(), size=8)
+    assert found["weight"] == [1.0]
+    (given,) = found["controlnet_cond"]
+    assert given.shape == found["sample"].shape == (2, 4, 8, 8)
+    assert "strict" not in found
+
+
+def test_only_numbers_of_the_type_complained_of_are_listed():
+    message = "'float' object is not iterable"
+    words = ["scale", "count", "whole", "scale", "missing"]
+    defaults = {"scale": 1.0, "count": 2, "other": 1.0}
+    assert list(several(message, words, defaults, {"whole": 2.0})) == [
+        {"whole": 2.0, "scale": [1.0]}, {"whole": [2.0]}
+    ]  # fmt: skip
+    assert not list(several("'float' has no length", words, defaults, {}))
