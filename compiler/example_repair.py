@@ -19,6 +19,7 @@ import torch
 from effuse.example_network import FRAMES, Network
 from effuse.example_rows import control, guess_row, guessed, is_time
 from effuse.example_shapes import (
+    SAMPLES,
     Inputs,
     alone,
     counted,
@@ -296,6 +297,7 @@ def shapes_like(shape: tuple[int, ...], net: Network) -> Iterator[tuple[int, ...
         yield (shape[0], shape[2], *net.sides)
         yield (shape[0], 1, *shape[1:])
         yield (net.batch, *shape)
+        yield (shape[0], SAMPLES)
     elif len(shape) == 4:
         yield (*shape[:2], FRAMES, *shape[2:])
         yield (*batch, FRAMES, *shape[1:])

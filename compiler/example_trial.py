@@ -10,6 +10,7 @@ import copy
 import linecache
 import logging
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,6 +90,7 @@ def trial(model: nn.Module) -> Callable[[Mapping[str, Any]], Failure | None]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     device = next((each.device for each in model.parameters()), torch.device("cpu"))
     copied = weightless(model, mode).eval()
+    before = kept(copied)
 
     def run(inputs: Mapping[str, Any]) -> Failure | None:
         watch = _Watch()
@@ -102,6 +104,7 @@ def trial(model: nn.Module) -> Callable[[Mapping[str, Any]], Failure | None]:
         except OPAQUE:
             return real_trial(model, inputs)
         except Exception as error:
+            restore(before)
             return failure(error, watch)
         return real_trial(model, inputs) if indexing(inputs) else None
 
@@ -151,6 +154,23 @@ def weightless(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
             if isinstance(each, torch.Tensor)]  # fmt: skip
     tensors = (*model.parameters(), *model.buffers(), *kept)
     return copy.deepcopy(model, {id(each): mode.from_tensor(each) for each in tensors})
+
+
+def kept(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """What the modules hold, as it is before a call."""
+    return [(module, _copied(vars(module))) for module in model.modules()]
+
+
+def restore(before: list[tuple[nn.Module, dict[str, Any]]]) -> None:
+    """Let the modules hold what they held: a call that fails leaves its caches behind."""
+    for module, values in before:
+        vars(module).clear()
+        vars(module).update(_copied(values))
+
+
+def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
+    plain = (dict, list, set, OrderedDict)
+    return {name: each.copy() if type(each) in plain else each for name, each in values.items()}
 
 
 def failure(error: Exception, watch: _Watch) -> Failure:

@@ -120,6 +120,30 @@ class Mixed(nn.Module):
         return self.second(self.first(sample) + timestep)
 
 
+class Frames(nn.Module):
+    """Keeps its last frame for the next piece of a video, and is left with it where it fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv3d(4, 4, 1)
+        self.last: torch.Tensor | None = None
+        self.pieces: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.last is not None or self.pieces:
+            raise ValueError("a video begins with its first frame")
+        self.last = self.layer(x)[:, :, -1:]
+        self.pieces += [x.shape[2]]
+        if self.pieces[-1] % 4 != 1:
+            raise ValueError("a frame and pieces of four")
+        last, self.last, self.pieces = self.last, None, []
+        return x + last
+
+
+def test_what_a_failed_call_leaves_behind_does_not_fail_the_next():
+    assert derive_inputs(Frames().eval(), size=8)["x"].shape == (2, 4, 9, 8, 8)
+
+
 def test_a_timestep_has_no_width_to_mend():
     with pytest.raises(InputError, match=r"does not take the examples.*timestep \(.*type.*inputs="):
         derive_inputs(Mixed().eval(), size=8)

@@ -115,6 +115,17 @@ class Signal(nn.Module):
         return self.layer(x)
 
 
+class Padded(nn.Module):
+    """One signal a sample, padded by more than a prompt has tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv1d(1, 4, 64, stride=64)
+
+    def forward(self, audio: torch.Tensor) -> torch.Tensor:
+        return self.layer(nn.functional.pad(audio.unsqueeze(1), (384, 384), mode="reflect"))
+
+
 class Angles(nn.Module):
     """Takes frames one by one after the first, and puts waves in the channels' place."""
 
@@ -178,6 +189,10 @@ def test_rank_and_width_may_be_wrong_at_once():
 
 def test_signals_are_long_and_have_one_channel():
     assert shapes(Signal())["x"] == (2, 1, 4096)
+
+
+def test_a_signal_may_have_no_channels():
+    assert derive_inputs(Padded().eval(), size=8)["audio"].shape == (2, 4096)
 
 
 def test_what_is_multiplied_before_a_layer():
