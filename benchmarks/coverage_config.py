@@ -235,13 +235,19 @@ class Search:
 
 
 def construct(kind: type[nn.Module], config: Config) -> nn.Module:
-    """The network; with parts of another where it has none of its own: "from_…": {"class": …}."""
+    """The network; with parts of another where it has none of its own: "from_…": {"class": …}.
+
+    "calls" names methods without arguments to call then, such as enable_tiling.
+    """
     settings = made(config)
+    methods = settings.pop("calls", ())
     lent = {name: settings.pop(name) for name, each in config.items()
             if name.startswith("from_") and isinstance(each, dict)}  # fmt: skip
     network = kind(**settings)
     for name, lender in lent.items():
         network = getattr(kind, name)(network, lender)
+    for name in methods:
+        getattr(network, name)()
     return network
 
 

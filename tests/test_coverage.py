@@ -137,6 +137,7 @@ def test_a_network_that_borrows_parts_is_made_with_their_lender(monkeypatch: pyt
     assert isinstance(network.last, nn.Linear)
     assert len(network.layers) == 1
     assert construct(Borrowing, own).last is not network.last
+    assert construct(Borrowing, {**own, "calls": ["double"]}).last.weight.dtype is torch.float64
     assert "from_lender" in config
     search = Search(Borrowing, config)
     assert search.build(config) is not None
