@@ -70,7 +70,7 @@ def _child(value: Any, key: str, item: Input) -> Any:
     try:
         child = value[int(key)] if isinstance(value, (list, tuple)) else value[key]
     except (KeyError, IndexError, TypeError):
-        child = None
+        child = getattr(value, "__dict__", {}).get(key)  # of an object, an attribute
     if child is None:
         raise InputError(
             f"{item.label}: missing; this program needs it, of shape {describe_shape(item.shape)} "

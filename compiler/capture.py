@@ -35,6 +35,7 @@ from effuse.capture_inputs import (
     symbolic_axes,
 )
 from effuse.capture_layout import laid_out
+from effuse.capture_objects import opened
 from effuse.capture_routing import Routing, check_routing
 from effuse.capture_rows import UnsupportedError
 from effuse.capture_unwrap import by_name, uncompiled, unwrapped
@@ -71,7 +72,7 @@ def capture(
     """
     model = unwrapped(model)
     check_model(model)
-    with uncompiled(model), by_name(model):
+    with uncompiled(model), by_name(model), opened(inputs):
         return captured(model, inputs, roles, dynamic, timesteps)
 
 
