@@ -3,11 +3,13 @@
 A list of sizes is noise of them, {"time": sizes} the timestep, {"table": numbers} whole numbers,
 {"index": sizes} those from 0, {"ones": sizes} truth values, {"units": sizes} whole numbers 1,
 {"turns": sizes} complex numbers of length 1, as a rotary table has, {"list": rows}, {"tuple": rows}
-and {"dict": rows} several, {"value": …} anything else as it is.
+and {"dict": rows} several, {"object": {"class": where it is imported from, its attributes' rows}}
+such a thing with these attributes, {"value": …} anything else as it is.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -39,9 +41,19 @@ def made(told: Any, time: float, generator: torch.Generator) -> Any:
     ((kind, value),) = told.items()
     if kind == "time":
         return torch.full(tuple(value), time)
-    if kind == "dict":
-        return {name: made(each, time, generator) for name, each in value.items()}
+    if kind in ("dict", "object"):
+        several = {name: each if name == "class" else made(each, time, generator)
+                   for name, each in value.items()}  # fmt: skip
+        return several if kind == "dict" else told_object(**several)
     if kind in ("list", "tuple"):
-        several = [made(each, time, generator) for each in value]
-        return several if kind == "list" else tuple(several)
+        each_of = [made(each, time, generator) for each in value]
+        return each_of if kind == "list" else tuple(each_of)
     return KINDS[kind](value)
+
+
+def told_object(**attributes: Any) -> Any:
+    """A thing of the class that `class` names, with the other attributes."""
+    home, name = attributes.pop("class").rsplit(".", 1)
+    found = object.__new__(getattr(importlib.import_module(home), name))
+    vars(found).update(attributes)
+    return found

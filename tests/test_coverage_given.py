@@ -57,6 +57,17 @@ def test_a_row_tells_inputs():
     assert torch.equal(found["h"], inputs_of(TOLD, 1.0)["h"])
 
 
+def test_a_row_tells_dicts_objects_and_turns():
+    cell = {"object": {"class": "types.SimpleNamespace", "key": [2, 4], "size": {"value": 2}}}
+    found = inputs_of({"cache": {"dict": {"first": cell}}, "freqs": {"turns": [2, 3]}}, 1.0)
+    first = found["cache"]["first"]
+    assert type(first).__name__ == "SimpleNamespace"
+    assert first.key.shape == (2, 4) and first.size == 2
+    assert found["freqs"].shape == (2, 3) and found["freqs"].is_complex()
+    assert torch.allclose(found["freqs"].abs(), torch.ones(2, 3))
+    assert found["freqs"].unique().numel() == 6
+
+
 def test_told_inputs_are_a_miss_of_their_stage_and_of_no_other():
     stages = ("built", "inputs", "captured", "exact")
     told = run_stages(Subject(Paired, {}, None, "", TOLD), lambda row: None, stages)
