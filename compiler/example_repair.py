@@ -30,6 +30,7 @@ from effuse.example_shapes import (
     repeated,
     reshaped,
     resized,
+    rows,
     several,
 )
 from effuse.example_trial import Failure
@@ -60,6 +61,7 @@ def repaired(
 
 
 RANKS = re.compile(r"unpack|[Ee]xpected \dD|out of range|too many indices")
+UNKNOWN_NUMBER = re.compile(r"'NoneType' and '(int|float)'|'(int|float)' and 'NoneType'")
 SIZES_TOLD = 12  # proposals of sizes at most, for one failure
 
 
@@ -91,8 +93,16 @@ def proposals(failed: Failure, net: Network, inputs: Inputs) -> Iterator[Inputs]
     yield from repeated(failed.shapes, net.batch, names, inputs)
     yield from removals(failed, net, inputs)
     yield from lengthened(names, inputs)
+    yield from rows(failed.shapes, names, inputs)
+    if unequal(failed) and torch.is_tensor(inputs[names[0]]):  # a list holds samples of any size
+        yield from ranks(names[:1], net, inputs)
     yield from itertools.islice(sizes(failed, names, inputs), SIZES_TOLD)
     yield from ranks(names[2:] if told else names, net, inputs)
+
+
+def unequal(failed: Failure) -> bool:
+    """Whether what does not fit each other has other numbers of axes."""
+    return failed.wanted is None and len({len(shape) for shape in failed.shapes if shape}) > 1
 
 
 def widened(failed: Failure, names: list[str], inputs: Inputs) -> Iterator[Inputs]:
@@ -193,12 +203,15 @@ def integers(failed: Failure, names: list[str], inputs: Inputs) -> Iterator[Inpu
 
 
 def additions(failed: Failure, net: Network, inputs: Inputs) -> Iterator[Inputs]:
-    """One more argument, of those that the statements speak of."""
-    for name in dict.fromkeys(words_of(failed)):
-        if name in net.parameters and name not in inputs:
-            value = guessed(net, name, missed=True)
-            if value is not None:
-                yield inputs | {name: value}
+    """One more argument, of those that the statements speak of; numbers where one is missed."""
+    absent = [name for name in dict.fromkeys(words_of(failed))
+              if name in net.parameters and name not in inputs]  # fmt: skip
+    values = {name: guessed(net, name, missed=True) for name in absent}
+    if UNKNOWN_NUMBER.search(str(failed.error)):
+        absent.sort(key=lambda name: not isinstance(values[name], (int, float)))
+    for name in absent:
+        if values[name] is not None:
+            yield inputs | {name: values[name]}
 
 
 def steered(inputs: Inputs) -> Iterator[Inputs]:
@@ -303,6 +316,7 @@ def shapes_like(shape: tuple[int, ...], net: Network) -> Iterator[tuple[int, ...
         yield (*batch, FRAMES, *shape[1:])
         yield (*batch, shape[2] * shape[3], shape[1])
         yield (*batch, shape[1], shape[2] * shape[3])
+        yield (*batch, *shape[2:])
     elif len(shape) == 5:
         yield (*batch, *shape[1:2], *shape[3:])
         yield (*shape[:2], 1, *shape[3:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -68,6 +69,21 @@ def lengthened(names: Sequence[str], inputs: Inputs) -> Iterator[Inputs]:
                 longer = resized(leaf, 2, SAMPLES)
                 yield placed(inputs, path, longer)
                 yield placed(inputs, path, longer[:, :1].clone())
+
+
+def rows(
+    shapes: Sequence[tuple[int, ...]], names: Sequence[str], inputs: Inputs
+) -> Iterator[Inputs]:
+    """A row of indices for each token, where a table that they made has others than there are."""
+    pairs = itertools.permutations(shapes[:2], 2)
+    apart = [(mine, other) for one, two in pairs for mine, other in zip(one, two, strict=False)
+             if mine != other and 1 not in (mine, other)]  # fmt: skip
+    for name in names:
+        for path, leaf in leaves(inputs, name):
+            indexed = leaf.dim() == 2 and leaf.dtype == torch.int64
+            for mine, other in apart if indexed else ():
+                if leaf.shape[0] == mine and leaf.shape[1] != mine:
+                    yield placed(inputs, path, resized(leaf, 0, other))
 
 
 def alone(message: str, batch: int, inputs: Inputs) -> Iterator[Inputs]:

@@ -128,6 +128,6 @@ def describe_value(value: Any) -> str:
     """The shape of a tensor, anything else as it prints."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key} {describe_value(v)}" for key, v in value.items()) + "}"
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)) and any(map(torch.is_tensor, value)):
         return "[" + ", ".join(map(describe_value, value)) + "]"
     return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else repr(value)
