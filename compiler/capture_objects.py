@@ -63,6 +63,6 @@ def register(kind: type) -> None:
 
 def remade(kind: type, values: Any, names: Any) -> Any:
     """An object of these attributes, made without its constructor."""
-    made = object.__new__(kind)
+    made: Any = object.__new__(kind)
     vars(made).update(zip(names, values, strict=True))
     return made
