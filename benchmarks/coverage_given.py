@@ -54,6 +54,7 @@ def made(told: Any, time: float, generator: torch.Generator) -> Any:
 def told_object(**attributes: Any) -> Any:
     """A thing of the class that `class` names, with the other attributes."""
     home, name = attributes.pop("class").rsplit(".", 1)
-    found = object.__new__(getattr(importlib.import_module(home), name))
+    kind = getattr(importlib.import_module(home), name)
+    found = kind.__new__(kind)
     vars(found).update(attributes)
     return found

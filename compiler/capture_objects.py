@@ -61,8 +61,8 @@ def register(kind: type) -> None:
     )
 
 
-def remade(kind: type, values: Any, names: Any) -> Any:
+def remade(kind: Any, values: Any, names: Any) -> Any:
     """An object of these attributes, made without its constructor."""
-    made: Any = object.__new__(kind)
+    made = kind.__new__(kind)
     vars(made).update(zip(names, values, strict=True))
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,6 +95,14 @@ def test_objects_are_opened_while_capturing_only():
     with pytest.raises(ValueError, match="inside"), opened(inputs):
         raise ValueError("inside")
     assert before == pytree.SUPPORTED_NODES
+
+
+def test_an_object_of_a_built_in_kind_is_remade():
+    given = {"cache": SimpleNamespace(key=torch.ones(2), name="first")}
+    with opened(given):
+        found = pytree.tree_map_only(torch.Tensor, lambda each: each * 2, given)["cache"]
+    assert type(found) is SimpleNamespace
+    assert found.key.tolist() == [2, 2] and found.name == "first"
 
 
 def test_only_what_holds_a_tensor_is_opened():
