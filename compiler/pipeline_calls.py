@@ -17,6 +17,7 @@ from effuse.runtime import Output
 PLAIN = (bool, int, float, str, type(None))
 SMALL = 1 << 14  # numbers of a tensor that is kept as JSON
 LIBRARIES = ("diffusers", "transformers")  # whose output classes are imported by name
+OBJECTS = tuple(f"{library}.models." for library in LIBRARIES)  # where those lie that hold tensors
 
 
 def is_plain(value: Any) -> bool:
@@ -68,7 +69,7 @@ def _outlined(value: Any, tensors: list[Any]) -> Any:
     if isinstance(value, (list, tuple)):
         return {"tuple": [_outlined(item, tensors) for item in value]}
     kind = type(value)
-    if kind.__module__.partition(".")[0] in LIBRARIES and hasattr(value, "__dict__"):
+    if kind.__module__.startswith(OBJECTS) and hasattr(value, "__dict__"):
         fields = {key: _outlined(item, tensors) for key, item in vars(value).items()}
         return {"object": fields, "class": f"{kind.__module__}.{kind.__qualname__}"}
     raise InputError(f"a {kind.__name__} is neither a tensor nor plain data")
@@ -96,9 +97,11 @@ def _instance(name: str, fields: Mapping[str, Any]) -> Any:
 
 
 def _object(name: str, fields: Mapping[str, Any]) -> Any:
-    """An object of a class of a known library, such as a distribution, with these attributes."""
+    """An object of a class beside a known library's networks, such as a distribution, with these
+    attributes; of no class that does something when it goes.
+    """
     kind = class_of(name, Output)
-    if kind is Output:
+    if kind is Output or not name.startswith(OBJECTS) or hasattr(kind, "__del__"):
         return Output(fields)
     found: Any = object.__new__(kind)
     vars(found).update(fields)
@@ -106,7 +109,7 @@ def _object(name: str, fields: Mapping[str, Any]) -> Any:
 
 
 def class_of(name: str, otherwise: type) -> type:
-    """The class of that name in a known library; of no other is anything imported."""
+    """The class that a known library defines there; of no other library is anything imported."""
     home, _, kind = name.rpartition(".")
     if home.partition(".")[0] not in LIBRARIES:
         return otherwise
@@ -114,7 +117,7 @@ def class_of(name: str, otherwise: type) -> type:
         found = getattr(importlib.import_module(home), kind)
     except (ImportError, AttributeError):
         return otherwise
-    return found if isinstance(found, type) else otherwise
+    return found if isinstance(found, type) and found.__module__ == home else otherwise
 
 
 def labelled(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from effuse.api import Compiled, ModelConfig
 from effuse.errors import InputError, nearest
 from effuse.pipeline_calls import labelled, rebuild, restored, shapes_of
+from effuse.runtime import first_of
 from effuse.sampler import nested
 
 NETWORK = "network"  # an entry that is called as the network itself; others take tensors by number
@@ -36,7 +37,7 @@ class Entry:
         """The tensors of the result, from tensors by label."""
         if self.described["kind"] == NETWORK:
             found = self.compiled(**nested(self.compiled.session.spec, tensors))
-            return [found if hasattr(found, "shape") else found[0]]
+            return [first_of(found)]
         given = {f"input_{n}": tensors[label] for n, label in enumerate(self.labels)}
         return self.compiled(**given)  # type: ignore[no-any-return]
 
@@ -138,6 +139,19 @@ class Component:
     def modules(self) -> Iterator[Any]:
         """None: nothing in it is a module."""
         return iter(())
+
+    children = modules
+
+    def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
+        """Nothing that its library could write.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            f"{self._name} is compiled, and no folder of weights; save the compiled pipeline: "
+            "effuse.compile_pipeline(…).save(path)"
+        )
 
     def parameters(self) -> Iterator[Any]:
         """One empty tensor, of which pipelines read the dtype and the device."""

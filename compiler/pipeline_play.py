@@ -54,8 +54,14 @@ def denoised(
     recipe: Mapping[str, Any], constants: Mapping[str, Array], values: Values,
     noise: Sequence[Array], run: Run, guidance: float | None, on_step: Callable[[int, int], None],
 ) -> Array:  # fmt: skip
-    """The latents after the last step."""
+    """The latents after the last step.
+
+    Raises:
+        InputError: another scale is asked for, and the pipeline was compiled without guidance.
+    """
     networks, fresh = recipe["networks"], iter(noise)
+    if guidance is not None and any("free" not in each["guidance"] for each in networks):
+        raise InputError("guidance: the pipeline was watched without guidance in this form")
     sampler = Sampler.from_json(recipe["sampler"])
     prompts = [[inputs_of(call, constants, values) for call in each["calls"]] for each in networks]
     x = ordered(next(fresh), recipe["latents"], constants) * np.float32(sampler.initial_scale)
@@ -121,17 +127,11 @@ def blocks_of(outputs: Sequence[Array], like: Array) -> list[Array]:
 
 
 def combined(told: Mapping[str, Any], blocks: Sequence[Array], scale: float | None) -> Array:
-    """Guidance: free + scale (told - free), or the blocks' sum by weights.
-
-    Raises:
-        InputError: another scale is asked for, and the pipeline was compiled without guidance.
-    """
+    """Guidance: free + scale (told - free), or the blocks' sum by weights."""
     if "free" in told:
         free, given = blocks[told["free"]], blocks[told["told"]]
         factor = told["scale"] if scale is None else scale
         return np.asarray(free + np.float32(factor) * (given - free))
-    if scale is not None:
-        raise InputError("guidance: the pipeline was watched without guidance in this form")
     found = np.zeros_like(blocks[0])
     for weight, block in zip(told["weights"], blocks, strict=True):
         found += np.float32(weight) * block

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -72,7 +73,7 @@ class CompiledPipeline:
         made = getattr(importlib.import_module(home), kind)
         named = {name: None for name in made._get_signature_keys(made)[0]}
         for name, component in self.components.items():
-            component.instead_of(class_of(self.manifest["components"][name]["class"], Component))
+            component.instead_of(self._class_of(name))
         return made(**{**named, **found, **self.components, **told["settings"]})
 
     def run(
@@ -149,8 +150,14 @@ class CompiledPipeline:
     def into(self, pipe: Any) -> Any:
         """Put the compiled components into a pipeline that has their places; returns it."""
         for name, component in self.components.items():
-            setattr(pipe, name, component.instead_of(getattr(pipe, name).__class__))
+            before = getattr(pipe, name, None)
+            kind = self._class_of(name) if before is None else before.__class__
+            setattr(pipe, name, component.instead_of(kind))
         return pipe
+
+    def _class_of(self, name: str) -> type:
+        """The class of a component before it was compiled, if it is of a known library."""
+        return class_of(self.manifest["components"][name]["class"], Component)
 
     @property
     def session(self) -> NoReturn:
@@ -255,8 +262,8 @@ def noise_for(
     """
     shape = recipe["latents"]["shape"]
     whole = (runs * shape[0], *shape[1:])
-    seeds = [seed] if isinstance(seed, int) else list(seed)
-    if len(seeds) != whole[0] and not isinstance(seed, int):
+    seeds = [int(seed)] if isinstance(seed, Integral) else list(seed)
+    if len(seeds) != whole[0] and not isinstance(seed, Integral):
         raise InputError(f"seed: {len(seeds)} seeds for {whole[0]} pictures; give one each")
     if given is not None and np.size(given) != np.prod(whole):
         raise InputError(f"noise: expected the shape {whole}, got {np.shape(given)}")

@@ -126,6 +126,8 @@ class Watched:
         return self._record(self._module.forward, self._path, self._module, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_module":  # of a copy that is being made
+            raise AttributeError(name)
         value = getattr(self._module, name)
         path = f"{self._path}.{name}".lstrip(".")
         if isinstance(value, nn.Module):
@@ -140,8 +142,9 @@ class Watched:
 
     def _use(self, path: str) -> None:
         """Take down what no artifact has; libraries ask for private names where they are."""
-        name = path.rpartition(".")[2]
-        if name not in SERVED and not name.startswith("_"):
+        place, _, name = path.rpartition(".")
+        served = name in SERVED and not (place and name == "config")  # there is the whole's alone
+        if not served and not name.startswith("_"):
             self._log.uses.setdefault(self._component, set()).add(path)
 
     def _method(self, method: Callable[..., Any], path: str) -> Callable[..., Any]:

@@ -243,6 +243,13 @@ def named_fields(result: Any) -> dict[str, Any]:
     return {f"output_{index}" if index else "sample": each for index, each in enumerate(shapes)}
 
 
+def first_of(result: Any) -> Any:
+    """The first tensor of what a network returns."""
+    while not hasattr(result, "shape"):
+        result = next(iter(result.values() if isinstance(result, Mapping) else result))
+    return result
+
+
 def _unflatten(shape: Any, flat: Sequence[Any]) -> Any:
     if isinstance(shape, int):
         return flat[shape]

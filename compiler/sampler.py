@@ -19,6 +19,7 @@ import numpy as np
 
 from effuse.errors import ArtifactError, InputError
 from effuse.plan import Input, ProgramSpec, Role
+from effuse.runtime import first_of
 
 Array = np.ndarray[Any, Any]
 
@@ -260,8 +261,7 @@ class Denoiser:
         values = {**prompt, self.latent.label: x, self.timestep.label: np.asarray(time)}
         given = {item.label: typed(values[item.label], item) for item in self.spec.inputs
                  if item.label in values}  # fmt: skip
-        output = self.compiled(**nested(self.spec, given))
-        found = output if hasattr(output, "shape") else output[0]
+        found = first_of(self.compiled(**nested(self.spec, given)))
         found = found.float().numpy() if hasattr(found, "detach") else found
         return wide(found)[:, : x.shape[1]]
 

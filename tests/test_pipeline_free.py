@@ -104,7 +104,7 @@ def test_denoisers_in_turns(tiny, in_turns):
     assert {"transformer", "transformer_2"} <= set(compiled.components)
     assert compiled.recipe["turns"] == [0, 0, 1, 1]
     assert [each["guidance"]["told"] for each in compiled.recipe["networks"]] == [0, 0]
-    same(compiled.run("a cat", seed=3), picture(pipe, tiny.FRAMES))
+    same(compiled.run("a cat", seed=np.int64(3)), picture(pipe, tiny.FRAMES))
 
 
 def test_each_has_its_own_steps(tiny, in_turns, monkeypatch):
@@ -127,6 +127,16 @@ def test_both_of_them_compute_while_they_are_watched(in_turns):
         assert len(steps) >= 2 and len(calls) == 2 * len(steps)
         real = {call.step for call in calls if call.seconds}
         assert real == set(steps[:2])
+
+
+def test_another_guidance_is_refused_before_anything_runs(in_turns, monkeypatch):
+    _, compiled = in_turns
+    told = compiled.recipe["networks"]
+    monkeypatch.setitem(told[1], "guidance", {"weights": [5.0, -4.0]})
+    steps = []
+    with pytest.raises(effuse.errors.InputError, match="without guidance in this form"):
+        compiled.run("a cat", guidance=3.0, on_step=lambda *done: steps.append(done))
+    assert not steps
 
 
 class Pair(DiffusionPipeline):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+
 import numpy as np
 import pytest
 import torch
 from hand_made import tiny_pipelines
 
 import effuse
-from effuse.errors import CaptureError
+from effuse.errors import CaptureError, InputError
 from effuse.metrics import psnr_db
 from effuse.pipeline_calls import class_of, outline, rebuild, restored, stored
-from effuse.runtime import Output
+from effuse.pipeline_watch import Log, Watched
+from effuse.runtime import Output, first_of
 
 pytest.importorskip("transformers")
 from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionPAGPipeline
@@ -102,10 +106,54 @@ def test_an_object_of_a_known_library_and_its_outline():
     assert rebuild(gone, [np.zeros(1)]).mean.shape == (1,)
 
 
-def test_classes_of_known_libraries_only():
-    assert class_of("diffusers.DDIMScheduler", Output) is DDIMScheduler
-    for name in ("subprocess.Popen", "diffusers.gone.It", "diffusers.__version__"):
+def test_classes_that_known_libraries_define_only():
+    home = DDIMScheduler.__module__
+    assert class_of(f"{home}.DDIMScheduler", Output) is DDIMScheduler
+    passed_on = ("diffusers.utils.hub_utils.Path", f"{home}.np", "diffusers.DDIMScheduler")
+    for name in (*passed_on, "subprocess.Popen", "diffusers.gone.It", "diffusers.__version__"):
         assert class_of(name, Output) is Output
+
+
+@pytest.mark.parametrize(
+    "kind", ["transformers.integrations.integration_utils.NeptuneCallback", "diffusers.models.It"]
+)
+def test_an_artifact_makes_no_object_that_does_something_when_it_goes(tmp_path, kind, monkeypatch):
+    class It:
+        def __del__(self):
+            (tmp_path / "gone").touch()
+
+    It.__module__ = "diffusers.models"
+    monkeypatch.setattr("diffusers.models.It", It, raising=False)
+    (tmp_path / "kept").touch()
+    fields = {"_volatile_checkpoints_dir": {"value": str(tmp_path)}, "_run": {"value": None}}
+    found = rebuild({"object": fields, "class": kind}, [])
+    assert type(found) is Output
+    del found
+    gc.collect()
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_what_copies_and_saves_components(tiny, tmp_path):
+    compiled = built(tiny.stable_diffusion(), SQUARE)
+    pipe = compiled.pipeline()
+    pipe.disable_xformers_memory_efficient_attention()  # goes through all modules
+    with pytest.raises(InputError, match=r"unet is compiled.*\.save\(path\)"):
+        compiled.components["unet"].save_pretrained(tmp_path)
+    other = tiny.stable_diffusion()
+    other.vae = None
+    assert compiled.into(other).vae.decode is not None
+    assert not isinstance(other.vae, type(None))
+
+
+def test_a_watched_network_can_be_copied():
+    watched = Watched(torch.nn.Linear(2, 2), "one", Log())
+    assert copy.copy(watched)(torch.zeros(1, 2)).shape == (1, 2)
+
+
+def test_the_first_tensor_of_what_a_network_returns():
+    one, other = np.zeros(1), np.ones(2)
+    for found in (one, (one, other), ([one], other), Output({"a": (one,), "b": other}), {"a": one}):
+        assert first_of(found) is one
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
