@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -262,8 +261,8 @@ def noise_for(
     """
     shape = recipe["latents"]["shape"]
     whole = (runs * shape[0], *shape[1:])
-    seeds = [int(seed)] if isinstance(seed, Integral) else list(seed)
-    if len(seeds) != whole[0] and not isinstance(seed, Integral):
+    seeds = [int(seed)] if isinstance(seed, (int, np.integer)) else list(seed)
+    if np.ndim(seed) and len(seeds) != whole[0]:
         raise InputError(f"seed: {len(seeds)} seeds for {whole[0]} pictures; give one each")
     if given is not None and np.size(given) != np.prod(whole):
         raise InputError(f"noise: expected the shape {whole}, got {np.shape(given)}")
