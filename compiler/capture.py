@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -301,13 +303,15 @@ def unlift(
 
 def user_outputs(exported: ExportedProgram) -> list[fx.Node]:
     """The exported graph's tensors that the network returns."""
+    return [value for value in returned(exported) if isinstance(value, fx.Node)]
+
+
+def returned(exported: ExportedProgram) -> list[Any]:
+    """What the network returns, flat: nodes of the graph, and anything else as it is."""
     values: Any = exported.graph.output_node().args[0]
     specs = exported.graph_signature.output_specs
-    return [
-        value
-        for value, spec in zip(values, specs, strict=True)
-        if spec.kind is OutputKind.USER_OUTPUT and isinstance(value, fx.Node)
-    ]
+    return [value for value, spec in zip(values, specs, strict=True)
+            if spec.kind is OutputKind.USER_OUTPUT]  # fmt: skip
 
 
 def sizes(graph: fx.Graph, name: str, symbols: Mapping[str, str]) -> tuple[Dim, ...]:
@@ -350,8 +354,9 @@ def expected_outputs(
     spec = exported.call_spec.out_spec
     if spec is None:
         raise CaptureError("the network returns nothing that torch.export understands")
-    count = spec.num_leaves
-    nested = nest(pytree.tree_unflatten(list(range(count)), spec))
+    leaves, numbers = returned(exported), count()
+    numbered = [next(numbers) if isinstance(leaf, fx.Node) else Constant(leaf) for leaf in leaves]
+    nested = nest(pytree.tree_unflatten(numbered, spec))
     if on_meta(inputs):
         return (), nested
     with torch.no_grad():
@@ -359,10 +364,22 @@ def expected_outputs(
     return tuple(value for value in flat if isinstance(value, torch.Tensor)), nested
 
 
+@dataclass(frozen=True)
+class Constant:
+    """Something that a network returns and that is no tensor, such as None."""
+
+    value: Any
+
+
 def nest(value: Any) -> Any:
-    """Nested tuples and mappings of indices as JSON: 0, {"tuple": […]}, {"dict": {…}}."""
+    """Nested tuples and mappings of tensors' numbers and constants as JSON: 0, {"tuple": […]},
+    {"dict": {…}, "order": […]}, {"value": …}.
+    """
+    if isinstance(value, Constant):
+        return {"value": value.value}
     if isinstance(value, Mapping):
-        return {"dict": {str(key): nest(item) for key, item in value.items()}}
+        fields = {str(key): nest(item) for key, item in value.items()}
+        return {"dict": fields, "order": list(fields)}  # manifests sort what they hold
     if isinstance(value, (list, tuple)):
         return {"tuple": [nest(item) for item in value]}
     return value

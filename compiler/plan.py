@@ -229,7 +229,7 @@ class ProgramSpec:
     inputs: tuple[Input, ...]
     parameters: tuple[str, ...]  # forward's parameters, in order, for positional calls
     constants: Mapping[str, Any]  # arguments that are not tensors, as captured
-    result: Any  # how the outputs are nested: {"tuple": [0, 1]}, {"dict": {...}}, or 0
+    result: Any  # how the outputs are nested: {"tuple": [0, 1]}, or 0; capture.nest
     outputs: tuple[str, ...]
     parts: tuple[PartSpec, ...]
     plan: Plan = Plan()

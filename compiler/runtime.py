@@ -238,7 +238,7 @@ def named_fields(result: Any) -> dict[str, Any]:
     with, else `sample`, `output_1`, …
     """
     if isinstance(result, Mapping) and "dict" in result:
-        return dict(result["dict"])
+        return {name: result["dict"][name] for name in result["order"]}
     shapes = [result] if isinstance(result, int) else result["tuple"]
     return {f"output_{index}" if index else "sample": each for index, each in enumerate(shapes)}
 
@@ -253,6 +253,8 @@ def first_of(result: Any) -> Any:
 def _unflatten(shape: Any, flat: Sequence[Any]) -> Any:
     if isinstance(shape, int):
         return flat[shape]
+    if "value" in shape:
+        return shape["value"]
     if "dict" in shape:
-        return {key: _unflatten(item, flat) for key, item in shape["dict"].items()}
+        return {key: _unflatten(shape["dict"][key], flat) for key in shape["order"]}
     return tuple(_unflatten(item, flat) for item in shape["tuple"])

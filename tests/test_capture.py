@@ -583,7 +583,7 @@ def test_outputs_by_name() -> None:
     inputs = inputs_of("sd15")
     del inputs["return_dict"]
     program = capture(build("sd15"), inputs)
-    assert program.result == {"dict": {"sample": 0}}
+    assert program.result == {"dict": {"sample": 0}, "order": ["sample"]}
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if not name.startswith("hand")])

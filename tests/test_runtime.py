@@ -433,3 +433,28 @@ def test_results_within_results_stay_nested(captured_with_names):
     named = compiled(**given)
     assert list(named) == (["down", "mid"] if captured_with_names else ["sample", "output_1"])
     torch.testing.assert_close(named[0][1], second)
+
+
+class GivesNothingBeside(nn.Module):
+    """Returns a tensor between what is none, as networks do whose other heads were left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(4, 4)
+
+    def forward(self, sample, timestep, return_dict=True):
+        y = self.mix(sample) * timestep.reshape(-1, 1)
+        return (None, y, 3) if not return_dict else {"aux": None, "sample": y, "count": 3}
+
+
+@pytest.mark.parametrize("with_names", [True, False])
+def test_what_is_no_tensor_is_returned_as_it_is(tmp_path, with_names):
+    torch.manual_seed(0)
+    net = GivesNothingBeside().eval()
+    given = {"sample": torch.randn(2, 4), "timestep": torch.tensor([0.5, 0.5])}
+    inputs = {**given, "return_dict": with_names}
+    compiled = effuse.compile(net, "none", inputs=inputs, progress=False)
+    loaded = effuse.load(compiled.save(tmp_path / "a.effuse"))
+    nothing, found, number = loaded(**given, return_dict=False)
+    assert nothing is None and number == 3
+    torch.testing.assert_close(found, net(**given, return_dict=False)[1])
