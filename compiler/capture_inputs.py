@@ -205,3 +205,9 @@ def replaced(inputs: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
 def dtype_name(tensor: torch.Tensor) -> str:
     """`float32` for torch.float32."""
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def on_meta(inputs: Mapping[str, Any]) -> bool:
+    """Whether an example has no values."""
+    leaves = pytree.tree_leaves(dict(inputs))
+    return any(each.is_meta for each in leaves if isinstance(each, torch.Tensor))
