@@ -27,8 +27,8 @@ from effuse.verify import exact_bound, relative_error
 Tensor = torch.Tensor
 aten = torch.ops.aten
 
-# What gives places along an axis -> its result that they are, and its argument that is the axis.
-PLACES = {"topk": (1, 2), "sort": (1, 1), "argsort": (0, 1), "argmax": (0, 1), "argmin": (0, 1)}
+# What chooses places along an axis, as `Forced` can -> its argument that is the axis, and the axis.
+PLACES = {"topk": (2, -1), "argmax": (1, None)}
 # What gives the same whole numbers again.
 SAME = frozenset({
     "view", "reshape", "flatten", "contiguous", "to", "long", "int", "cpu", "detach", "clone",
@@ -76,7 +76,7 @@ class Count:
         raise UnsupportedError("counts of rows are compared for more than being empty")
 
     def __lt__(self, other: Any) -> bool:
-        return -self > 0 if other == 0 and not isinstance(other, Count) else other > self
+        return bool(-(self - other) > 0)
 
     def __neg__(self) -> Count:
         return Count(-self.value, {key: -times for key, times in self.terms.items()})
@@ -105,6 +105,7 @@ class Routing(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
+        # Each with the version of the tensor it holds for: not after something is written into it.
         self._limits: Any = WeakTensorKeyDictionary()  # whole numbers -> what they are below
         self._counted: Any = WeakTensorKeyDictionary()  # counts -> the terms of each
         self._number = 0
@@ -130,26 +131,27 @@ class Routing(TorchFunctionMode):
     def limit(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
         """Note of whole numbers what they are below."""
         if name in PLACES:
-            which, place = PLACES[name]
-            default = None if name.startswith("arg") and name != "argsort" else -1
+            place, default = PLACES[name]
             axis = kwargs.get("dim", args[place] if len(args) > place else default)
             if axis is not None:
-                places = result[which] if isinstance(result, tuple) else result
-                self._limits[places] = args[0].shape[axis]
-        elif name in SAME and isinstance(args[0], Tensor) and args[0] in self._limits:
-            for each in pytree.tree_leaves(result):
-                self._limits[each] = self._limits[args[0]]
+                places = result[1] if isinstance(result, tuple) else result
+                self._limits[places] = (args[0].shape[axis], places._version)
+        elif name in SAME and isinstance(args[0], Tensor):
+            limit = known(self._limits, args[0])
+            for each in pytree.tree_leaves(result) if limit else ():
+                self._limits[each] = (*limit, each._version)
 
     def bincount(self, places: Tensor, weights: None = None, minlength: int = 0) -> Tensor:
         """How often each number is found, for all that there can be."""
-        limit = self._limits.get(places)
-        if limit is None or weights is not None:
+        limits = known(self._limits, places)
+        if not limits or weights is not None:
             raise UnsupportedError("bincount of numbers that may be of any size")
+        (limit,) = limits
         self._number += 1
         values = torch.arange(max(limit, minlength), device=places.device)
         found = (places.unsqueeze(1) == values).sum(dim=0)
         terms = [{(self._number, place): 1} for place in range(found.shape[0])]
-        self._counted[found] = (terms, minlength >= limit)
+        self._counted[found] = (terms, minlength >= limit, found._version)
         return found
 
     def of_counts(self, function: Any, name: str, args: Any, kwargs: Any) -> Any:
@@ -157,17 +159,20 @@ class Routing(TorchFunctionMode):
         counts = args[0]
         if not isinstance(counts, Tensor) or counts not in self._counted:
             raise UnsupportedError(f"{name} of counts of rows and of others")
-        terms, whole = self._counted[counts]
-        if name in ("numpy", "tolist"):
+        if not (found := known(self._counted, counts)):
+            raise UnsupportedError(f"{name} of counts that were written into")
+        terms, whole = found
+        if name == "numpy":
             numbers = [Count(each, own) for each, own in zip(counts.unbind(), terms, strict=True)]
-            return np.array(numbers, dtype=object) if name == "numpy" else numbers
+            return np.array(numbers, dtype=object)
         if name not in COPIES and name != "cumsum" and not whole:
             raise UnsupportedError(f"{name} of counts, of which eager may have fewer")
         result = function(*args, **kwargs)
         if name in COPIES:
-            self._counted[result] = (terms, whole)
+            self._counted[result] = (terms, whole, result._version)
         elif name == "cumsum":
-            self._counted[result] = ([dict(each) for each in accumulate(terms, merged)], whole)
+            sums = [dict(each) for each in accumulate(terms, merged)]
+            self._counted[result] = (sums, whole, result._version)
         return result
 
     def rows(self, base: Tensor, start: Any, stop: Any) -> Rows:
@@ -180,6 +185,12 @@ class Routing(TorchFunctionMode):
         if key not in self._valid:
             self._valid[key] = between(base, start, stop)
         return Rows(base, self._valid[key], memory=Memory(locked=True))
+
+
+def known(table: Any, tensor: Tensor) -> tuple[Any, ...]:
+    """What is known of a tensor; nothing if it, or a view of it, was written into since."""
+    *found, version = table.get(tensor, (None,))
+    return tuple(found) if version == tensor._version else ()
 
 
 def merged(one: Mapping[Any, int], other: Mapping[Any, int]) -> dict[Any, int]:

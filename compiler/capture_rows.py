@@ -13,6 +13,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -22,7 +23,8 @@ Function = Callable[..., Any]
 # What adds rows to those of another tensor: (into, dim, index, source).
 SUMS = ("scatter_reduce", "scatter_reduce_", "scatter_add", "scatter_add_", "index_add",
         "index_add_")  # fmt: skip
-SAMPLES = 4  # rows that an operator is tried on
+SAMPLES = (4, 11)  # rows that an operator is tried on
+MANY = 1_000_003  # rows that its sizes are looked at with: cuts up to fewer are seen
 CLOSE = 1e-6  # of a row alone and among others: products of other sizes round otherwise
 
 
@@ -58,13 +60,19 @@ class Rows:
             return getattr(self.base, name)
         if name in ("shape", "ndim") or name.startswith("__"):
             raise UnsupportedError(f"the number of the chosen rows is asked for ({name})")
-        return partial(computed, getattr(Tensor, name), self)
+        method = getattr(Tensor, name)
+        if not callable(method):
+            raise UnsupportedError(f"a property of the chosen rows is asked for ({name})")
+        return partial(computed, method, self)
 
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         return computed(function, *args, **(kwargs or {}))
+
+    def __bool__(self) -> bool:
+        raise UnsupportedError("whether chosen rows are true is asked for")
 
     def dim(self) -> int:
         """The number of dimensions."""
@@ -117,9 +125,9 @@ def _updating(name: str) -> Function:
 
 for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv",
               "mod", "pow", "neg", "matmul", "getitem", "lt", "le", "gt", "ge", "and",
-              "or", "invert"):  # fmt: skip
+              "or", "invert", "eq", "ne"):  # fmt: skip
     setattr(Rows, f"__{_name}__", _operator(f"__{_name}__"))
-for _name in ("add", "sub", "mul", "truediv"):
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or"):
     setattr(Rows, f"__i{_name}__", _updating(f"__{_name}__"))
 
 
@@ -146,7 +154,8 @@ def summed(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if not whole or not all(isinstance(each, Rows) and each.valid is pair[0].valid
                             for each in pair):  # fmt: skip
         raise UnsupportedError(f"{function.__name__} of chosen rows and of others")
-    if (kwargs.get("reduce", "sum"), kwargs.get("include_self", True)) != ("sum", True):
+    (reduce,) = args[4:] or (kwargs.get("reduce", "sum"),)
+    if (reduce, kwargs.get("include_self", True)) != ("sum", True):
         raise UnsupportedError(f"{function.__name__} of chosen rows is no sum")
     return function(args[0], 0, pair[0].only(), pair[1].only(), *args[4:], **kwargs)  # type: ignore[no-any-return]
 
@@ -219,11 +228,18 @@ class Given:
         low = int(self.dtype is not torch.bool)  # no division by 0
         return torch.randint(low, low + 2, self.shape, generator=generator).to(self.dtype)
 
+    def empty(self) -> Any:
+        """A tensor in a tensor's place, with very many rows."""
+        if self.dtype is None:
+            return self.value
+        shape = (MANY, *self.shape[1:]) if self.kind == "rows" else self.shape
+        return torch.empty(shape, dtype=self.dtype)
+
 
 def described(leaf: Any) -> Given:
     """A leaf of a call's arguments; chosen rows as few of them."""
     if isinstance(leaf, Rows):
-        return Given("rows", (SAMPLES, *sizes(leaf.base)[1:]), leaf.base.dtype)
+        return Given("rows", (max(SAMPLES), *sizes(leaf.base)[1:]), leaf.base.dtype)
     if isinstance(leaf, Tensor):
         return Given("tensor", sizes(leaf), leaf.dtype)
     return Given(repr(leaf), value=leaf)
@@ -241,7 +257,9 @@ def check_row_by_row(function: Function, args: tuple[Any, ...], kwargs: dict[str
         UnsupportedError: a row of what it gives depends on other rows.
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    tried(function, spec, tuple(map(described, leaves)))
+    given = tuple(map(described, leaves))
+    tried(function, spec, given)
+    sized(function, spec, given)
 
 
 @lru_cache(maxsize=256)
@@ -256,10 +274,21 @@ def tried(function: Function, spec: Any, leaves: tuple[Given, ...]) -> None:
                      for leaf, each in zip(leaves, given, strict=True)]  # fmt: skip
             return call(function, spec, taken)
 
-        every = list(range(SAMPLES))
-        for chosen in (every[1::2], every[::-1], [2]):
-            if not all(map(partial(same_rows, chosen), run(every), run(chosen))):
-                raise UnsupportedError(f"{function.__name__} mixes the chosen rows")
+        for every in (list(range(count)) for count in SAMPLES):
+            for chosen in (every[1::2], every[::-1], [2]):
+                alike = partial(same_rows, chosen, len(every))
+                if not all(map(alike, run(every), run(chosen))):
+                    raise UnsupportedError(f"{function.__name__} mixes the chosen rows")
+
+
+@lru_cache(maxsize=256)
+def sized(function: Function, spec: Any, leaves: tuple[Given, ...]) -> None:
+    """A call gives as many rows as it gets, also where these are very many."""
+    with _disable_current_modes(), FakeTensorMode(), torch.no_grad():
+        given = [leaf.empty() for leaf in leaves]
+        for each in call(function, spec, given):
+            if not torch.is_tensor(each) or each.shape[:1] != (MANY,):
+                raise UnsupportedError(f"{function.__name__} gives another number of rows")
 
 
 def call(function: Function, spec: Any, leaves: list[Any]) -> list[Any]:
@@ -272,9 +301,9 @@ def call(function: Function, spec: Any, leaves: list[Any]) -> list[Any]:
         raise UnsupportedError(reason) from error
 
 
-def same_rows(chosen: list[int], every: Any, some: Any) -> bool:
+def same_rows(chosen: list[int], count: int, every: Any, some: Any) -> bool:
     """Whether these rows among all are the same as alone."""
-    if not torch.is_tensor(every) or every.shape[:1] != (SAMPLES,):
+    if not torch.is_tensor(every) or every.shape[:1] != (count,):
         return False
     one, other = every[chosen], some
     if one.shape != other.shape:
