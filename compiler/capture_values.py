@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -86,6 +87,7 @@ class Record(TorchFunctionMode):
         self.labels: set[str] = set()
         self._changing = frozenset(changing)
         self._sources: Any = WeakTensorKeyDictionary()
+        self._written: dict[Any, frozenset[str]] = {}  # memory that was written into
         for leaf in leaves:
             self._sources[leaf.tensor] = frozenset((leaf.label,))
 
@@ -93,31 +95,57 @@ class Record(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        read = pytree.tree_leaves((args, kwargs))
-        sources = self._of(each for each in read if isinstance(each, Tensor))
+        read = [each for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        sources = self._of(read)
         for each in choosing(function, args):
             value = each.nonzero(as_tuple=True) if is_mask(each) else int(each)
             self._note([value], self._of([each]))
+        versions = [version(each) for each in read]
         result = function(*args, **kwargs)
+        for each, before in zip(read, versions, strict=True):
+            if sources and version(each) != before:
+                self._write(each, sources)
         if is_read(function, args, kwargs):
             one_by_one = function is Tensor.tolist  # as torch.export asks for a list
             self._note(args[0].flatten().tolist() if one_by_one else [_kept(result)], sources)
-        touched = [args[0]] if function is Tensor.__setitem__ else pytree.tree_leaves(result)
-        for each in touched:
+        for each in pytree.tree_leaves(result):
             if isinstance(each, Tensor):
                 self._sources[each] = sources | self._sources.get(each, frozenset())
         return result
 
+    def _write(self, tensor: Tensor, sources: frozenset[str]) -> None:
+        self._sources[tensor] = sources | self._sources.get(tensor, frozenset())
+        if (place := memory(tensor)) is not None:
+            self._written[place] = sources | self._written.get(place, frozenset())
+
     def _note(self, values: list[Any], sources: frozenset[str]) -> None:
         if sources & self._changing:
-            self.values.append(OPEN)
+            self.values += [OPEN] * len(values)
         else:
             self.values += values
             self.labels |= sources
 
     def _of(self, tensors: Any) -> frozenset[str]:
-        none: frozenset[str] = frozenset()
-        return none.union(*(self._sources.get(each, none) for each in tensors))
+        """What tensors follow from, by how they were made and by what was written into them."""
+        found: frozenset[str] = frozenset()
+        for each in tensors:
+            found |= self._sources.get(each, frozenset())
+            if self._written:
+                found |= self._written.get(memory(each), frozenset())
+        return found
+
+
+def version(tensor: Tensor) -> object:
+    """What is another after a write into the tensor or a view; always, where torch keeps none."""
+    return object() if tensor.is_inference() else tensor._version
+
+
+def memory(tensor: Tensor) -> StorageWeakRef | None:
+    """What views of one tensor have in common; nothing for sparse ones and in torch.vmap."""
+    try:
+        return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def _kept(result: Any) -> Any:

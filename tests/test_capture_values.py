@@ -10,6 +10,7 @@ from torch import nn
 
 from effuse.backends.reference import session
 from effuse.capture import capture
+from effuse.capture_values import OPEN, recorded
 from effuse.errors import CaptureError, InputError
 from effuse.plan import Role
 from effuse.program import run_program
@@ -112,6 +113,74 @@ def test_the_ends_of_slices_may_be_read_from_an_input():
     other = given | {"sample": torch.randn(2, 4), "prompt": torch.randn(2, 4, 4, 4)}
     with torch.no_grad():
         assert torch.equal(run_program(program, other)[0], model(**other))
+
+
+class Counting(nn.Module):
+    """Cuts the latent by a number that is written into a part of a tensor, in several ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = getattr(self, way)
+
+    def item(self, numbers: torch.Tensor, number: torch.Tensor) -> int:
+        numbers[0] = number
+        return int(numbers[0])
+
+    def view(self, numbers: torch.Tensor, number: torch.Tensor) -> int:
+        numbers[:1].copy_(number.view(1))
+        return int(numbers[0])
+
+    def twice(self, numbers: torch.Tensor, number: torch.Tensor) -> int:
+        numbers.view(2, 1)[0, 0] = number
+        return int(numbers[0])
+
+    def sibling(self, numbers: torch.Tensor, number: torch.Tensor) -> int:
+        one, other = numbers[:1], numbers.detach()[0]
+        one.add_(number)
+        return int(other)
+
+    def out(self, numbers: torch.Tensor, number: torch.Tensor) -> int:
+        torch.mul(number.view(1), 1, out=numbers[:1])
+        return int(numbers[0])
+
+    def forward(self, sample: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        number = self.way(torch.zeros(2, dtype=torch.long), mask.sum())
+        return sample[:, :number].sum(dim=1)
+
+
+WRITES = ["item", "view", "twice", "sibling", "out"]
+
+
+@pytest.mark.parametrize("way", WRITES)
+def test_what_is_read_from_memory_follows_from_what_was_written_into_it(way: str):
+    given = {"sample": torch.randn(2, 4), "mask": torch.tensor([1, 1, 0, 0])}
+    program = capture(Counting(way).eval(), given)
+    assert {item.name: item.role for item in program.inputs}["mask"] is Role.STATIC
+    with torch.no_grad():
+        assert torch.equal(run_program(program, given)[0], Counting(way)(**given))
+
+
+@pytest.mark.parametrize("way", WRITES)
+def test_what_the_latent_wrote_into_memory_is_not_recorded(way: str):
+    model = Counting(way)
+    x = torch.tensor([[1.0, 2.0, -3.0, -4.0]])
+    given = {"sample": x, "mask": torch.zeros(4).long()}
+    record = recorded(model, given, ["sample"])
+    assert record.labels == {"mask"} and record.values == [0]
+    record = recorded(model, given, ["sample", "mask"])
+    assert not record.labels and record.values == [OPEN]
+    with pytest.raises(CaptureError, match="depends on the data"):
+        capture(model.eval(), given, roles={"mask": Role.LATENT})
+
+
+def test_each_number_of_a_list_that_follows_from_the_latent_is_open():
+    class Listing(nn.Module):
+        def forward(self, sample: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            first, second = (sample > 0).sum(dim=1).tolist()
+            return sample * first + second * mask.sum().item()
+
+    given = {"sample": torch.ones(2, 4), "mask": torch.ones(4)}
+    assert recorded(Listing(), given, ["sample"]).values == [OPEN, OPEN, 4.0]
 
 
 def test_the_end_of_a_slice_that_the_latent_says_is_not_recorded():
