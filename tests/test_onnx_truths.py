@@ -29,6 +29,20 @@ class Choosing(nn.Module):
         return torch.where(low, sample, 2.0 * either).masked_fill(either, 3.0)
 
 
+class Scalars(nn.Module):
+    """Choices of which one is a number, or both."""
+
+    def forward(self, sample: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        high = sample > 0.5
+        found = [torch.where(mask, True, high), torch.where(mask, False, high),
+                 torch.where(mask, high, True), torch.where(mask, high, False),
+                 torch.where(mask, True, False).expand_as(high),
+                 torch.where(mask, True, True).expand_as(high),
+                 high.masked_fill(mask, torch.tensor(True)),
+                 high.masked_fill(mask, mask.any())]  # fmt: skip
+        return torch.where(high, 2.0, sample) * sum(2**i * each for i, each in enumerate(found))
+
+
 def given(seed: int) -> dict[str, torch.Tensor]:
     """Numbers of both signs, and every second row masked."""
     torch.manual_seed(seed)
@@ -49,8 +63,9 @@ def test_truths_are_chosen_by_logic_and_numbers_as_they_were():
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_onnx_runtime_takes_them(tmp_path: Path, seed: int):
-    program = capture(Choosing().eval(), given(0))
+@pytest.mark.parametrize("network", [Choosing, Scalars])
+def test_onnx_runtime_takes_them(tmp_path: Path, network: type[nn.Module], seed: int):
+    program = capture(network().eval(), given(0))
     build(program, tmp_path)
     run, inputs = load_session(program.spec(), tmp_path), given(seed)
-    assert torch.equal(torch.as_tensor(run(**inputs)), Choosing()(**inputs))
+    assert torch.equal(torch.as_tensor(run(**inputs)), network()(**inputs))
