@@ -108,9 +108,10 @@ def write(rows: dict[str, Any]) -> None:
     ]
     for name, row in rows.items():
         free = row.get("psnr_without_torch")
-        without = row["refused"] if free is None else f"{free} dB"
+        without = f"no: {row['refused']}" if free is None else f"{free} dB"
+        replayed = "" if free is None else f"{row['agreement_db']} dB"
         names = ", ".join(row["compiled"])
-        cells = (name, names, f"{row['psnr']} dB", without, f"{row['agreement_db']} dB")
+        cells = (name, names, f"{row['psnr']} dB", without, replayed)
         lines.append(f"| {' | '.join(cells)} |")
     (OUT / "pipelines.md").write_text("\n".join(lines) + "\n")
 
