@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 import effuse
 from effuse.inspect_model import resolve
 from effuse.metrics import sqnr_db
+from effuse.stream import computed
 from effuse.weights import open_folder
 
 SIDES = ("eager", "artifact")
@@ -36,7 +37,10 @@ SIDES = ("eager", "artifact")
 
 def lent(network: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
     """A network on the meta device whose modules have their weights while they are called."""
+    tables = computed(network)
     for path, module in network.named_modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = tables.get(f"{path}.{name}".lstrip("."), buffer)
         if own := {name: f"{path}.{name}".lstrip(".") for name in module._parameters}:
             empty = dict(module._parameters)
 
