@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -24,3 +25,11 @@ def thawed() -> Iterator[None]:
     """Bindings of C++ complain at exit about what is never collected."""
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Any:
+    """The builders of tiny pipelines."""
+    from hand_made import tiny_pipelines
+
+    return tiny_pipelines()

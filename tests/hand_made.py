@@ -11,6 +11,8 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import nn
 
+import effuse
+
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -21,6 +23,14 @@ def tiny_pipelines() -> Any:
         return importlib.import_module("pipelines_tiny")
     finally:
         sys.path.remove(str(FOLDER))
+
+
+def built(pipe: Any, call: dict[str, Any], steps: int = 4) -> Any:
+    """A diffusers pipeline compiled for one prompt."""
+    pipe.set_progress_bar_config(disable=True)
+    return effuse.compile_pipeline(
+        pipe, "exact", steps=steps, prompts=("a dog",), call=call, progress=False
+    )
 
 
 class Encoder(nn.Module):

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hand_made import hand_made, tiny_pipelines
+from hand_made import hand_made
 from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
@@ -33,12 +33,6 @@ pytest.importorskip("transformers")
 
 STEPS, CLOSE_DB = 4, 50
 CALL = {"height": 32, "width": 32}
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    """The builders of tiny pipelines."""
-    return tiny_pipelines()
 
 
 @pytest.fixture(scope="module")

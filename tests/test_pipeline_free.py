@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hand_made import tiny_pipelines
+from hand_made import built
 from torch import nn
 
 import effuse
@@ -17,19 +17,6 @@ from diffusers import DDIMScheduler, DiffusionPipeline, EulerAncestralDiscreteSc
 
 STEPS, CLOSE_DB = 4, 50
 SQUARE = {"height": 32, "width": 32}
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    """The builders of tiny pipelines."""
-    return tiny_pipelines()
-
-
-def built(pipe, call, steps=STEPS):
-    pipe.set_progress_bar_config(disable=True)
-    return effuse.compile_pipeline(
-        pipe, "exact", steps=steps, prompts=("a dog",), call=call, progress=False
-    )
 
 
 def picture(pipe, call, seeds=(3,), prompt="a cat", **options):

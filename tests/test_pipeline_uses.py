@@ -8,7 +8,7 @@ import gc
 import numpy as np
 import pytest
 import torch
-from hand_made import tiny_pipelines
+from hand_made import built
 
 import effuse
 from effuse.errors import CaptureError, InputError
@@ -23,19 +23,6 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 STEPS, CLOSE_DB = 4, 50
 SQUARE = {"height": 32, "width": 32}
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    """The builders of tiny pipelines."""
-    return tiny_pipelines()
-
-
-def built(pipe, call):
-    pipe.set_progress_bar_config(disable=True)
-    return effuse.compile_pipeline(
-        pipe, "exact", steps=STEPS, prompts=("a dog",), call=call, progress=False
-    )
 
 
 def picture(pipe, call):
